@@ -1,0 +1,4 @@
+//! cogvlm-plan
+#![forbid(unsafe_code)]
+
+pub mod accelerate;

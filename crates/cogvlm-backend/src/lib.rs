@@ -1,1 +1,280 @@
-//! cogvlm-backend
+//! The operations of the model, in the fused form in which a GPU wants them.
+//!
+//! [`Backend`] is one device as the model sees it: memory, weights, operations. Every backend passes the same
+//! [`conformance`] suite, which compares it with the plain functions of [`oracle`].
+#![forbid(unsafe_code)]
+
+pub mod arena;
+pub mod batch;
+pub mod conformance;
+pub mod error;
+pub mod oracle;
+pub mod rope;
+pub mod sampling;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use cogvlm_core::DType;
+use cogvlm_core::tokens::ExpertRange;
+
+pub use arena::{Arena, Lease, MemoryUse};
+pub use batch::{Batch, SequenceRows};
+pub use error::{BackendError, HostReadError};
+pub use rope::RopeMode;
+pub use sampling::{SampleRequest, SamplingParams};
+
+/// A weight where it rests on the host: in a mapped file, or as a rule that makes it.
+pub trait HostTensor: Send + Sync {
+    /// Its published name, for messages.
+    fn name(&self) -> &str;
+    /// Element type it is stored in.
+    fn dtype(&self) -> DType;
+    /// Its shape.
+    fn shape(&self) -> &[usize];
+    /// Its bytes, row-major and little-endian, where they lie in mapped memory; `None` where they have to be made.
+    /// They need not be aligned.
+    fn mapped(&self) -> Option<&[u8]>;
+    /// Writes its bytes to `destination`, which is exactly as long.
+    ///
+    /// # Errors
+    /// Where the file changed or cannot be read any more.
+    fn read_into(&self, destination: &mut [u8]) -> Result<(), HostReadError>;
+    /// Asks the system to read it ahead; a hint.
+    fn read_ahead(&self) {}
+}
+
+/// A shared [`HostTensor`].
+pub type HostWeight = Arc<dyn HostTensor>;
+
+/// The weights that one expert-ranged operation may need. `None` for an expert that has no rows in the ranges given:
+/// it is not read, and need not be there.
+#[derive(Debug)]
+pub struct ExpertWeights<'a, W> {
+    /// Weights of the language expert.
+    pub language: Option<&'a W>,
+    /// Weights of the vision expert.
+    pub vision: Option<&'a W>,
+}
+
+impl<W> Clone for ExpertWeights<'_, W> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<W> Copy for ExpertWeights<'_, W> {}
+
+/// What a plain linear applies to its result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// Nothing.
+    Identity,
+    /// `x/2 (1 + erf(x / sqrt 2))`
+    Gelu,
+}
+
+/// Weights of the patch embedding.
+#[derive(Debug)]
+pub struct PatchWeights<'a, W> {
+    /// `[width, channels, patch, patch]`
+    pub projection: &'a W,
+    /// `[width]`
+    pub bias: &'a W,
+    /// Class token, `[1, width]`
+    pub class: &'a W,
+    /// `[patches + 1, width]`
+    pub position: &'a W,
+}
+
+/// Sizes of the images that the patch embedding cuts up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PatchGeometry {
+    /// Images in the pixel buffer.
+    pub num_images: usize,
+    /// Channels of an image.
+    pub num_channels: usize,
+    /// Side of an image.
+    pub image_size: usize,
+    /// Side of a patch.
+    pub patch_size: usize,
+}
+
+/// Head counts and head width of an attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadGeometry {
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key/value heads.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+/// Weights of one streamed group on their way into a staging slot.
+pub enum StagedSource<W> {
+    /// From host memory or the mapped file.
+    Host(HostWeight),
+    /// From another device of the same backend, where it is resident.
+    Peer(W),
+}
+
+/// One device: its memory, and the operations of the model on it.
+///
+/// Activations have the type [`activation_dtype`](Self::activation_dtype); sums are accumulated in f32 or better;
+/// each result is rounded once, where it is stored, except where an operation says otherwise. A buffer is two
+/// dimensional and row-major; operations read and write its first rows and leave the others alone. `rows` never
+/// exceeds the rows of any buffer passed: an operation refuses shapes that do not fit with [`BackendError::Shape`].
+///
+/// Results do not depend on which other rows share the batch *in which order or number of stages*: the same call gives
+/// the same bits on every device of one kind.
+pub trait Backend: Send + Sync + 'static {
+    /// A mutable array on the device, taken from the device's arena and returned to it on drop.
+    type Buffer: Send;
+    /// A weight that operations can read. Clones share the memory.
+    type Weight: Clone + Send + Sync + 'static;
+    /// The device's copy of a [`Batch`].
+    type Tables: Send;
+    /// Slots through which weights are streamed.
+    type Ring: Send;
+    /// Rows on their way to another device.
+    type Parcel: Send;
+
+    // ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    /// Element type of activations and KV cache.
+    fn activation_dtype(&self) -> DType;
+
+    /// What the device's arena holds, held at most, and may hold.
+    fn memory(&self) -> MemoryUse;
+
+    /// Takes a zeroed buffer from the arena. `what` names it in an error.
+    fn alloc(&self, what: &'static str, dtype: DType, shape: [usize; 2]) -> Result<Self::Buffer, BackendError>;
+
+    /// Copies a weight into the device's memory.
+    fn load(&self, weight: &HostWeight) -> Result<Self::Weight, BackendError>;
+
+    /// A weight used where it rests on the host. Every backend can [`embed`](Self::embed) from it; whether other
+    /// operations take it is the backend's own affair (the CPU's do).
+    fn attach(&self, weight: &HostWeight) -> Result<Self::Weight, BackendError>;
+
+    /// Takes `num_slots` staging slots of `slot_bytes` from the arena.
+    fn staging(&self, num_slots: usize, slot_bytes: usize) -> Result<Self::Ring, BackendError>;
+
+    /// Begins to copy `sources` into slot `slot` and returns. Nobody may still hold weights of what the slot held
+    /// before.
+    fn stage(&self, ring: &mut Self::Ring, slot: usize, sources: Vec<StagedSource<Self::Weight>>) -> Result<(), BackendError>;
+
+    /// The weights that were last staged into `slot`, in the order given, once they are there.
+    fn staged(&self, ring: &mut Self::Ring, slot: usize) -> Result<Vec<Self::Weight>, BackendError>;
+
+    /// Copies `values` into rows `first_row..` of `buffer`, rounding to its type.
+    fn write(&self, values: &[f32], buffer: &mut Self::Buffer, first_row: usize) -> Result<(), BackendError>;
+
+    /// The given rows as f32.
+    fn read(&self, buffer: &Self::Buffer, rows: Range<usize>) -> Result<Vec<f32>, BackendError>;
+
+    /// Takes rows along to another device.
+    fn send(&self, buffer: &Self::Buffer, rows: Range<usize>) -> Result<Self::Parcel, BackendError>;
+
+    /// Unpacks what another device sent into rows `first_row..`.
+    fn receive(&self, parcel: Self::Parcel, buffer: &mut Self::Buffer, first_row: usize) -> Result<(), BackendError>;
+
+    /// Copies `rows` of `source` to rows `first_row..` of `destination`; same width, same type.
+    fn copy_rows(
+        &self, source: &Self::Buffer, rows: Range<usize>, destination: &mut Self::Buffer, first_row: usize,
+    ) -> Result<(), BackendError>;
+
+    /// Tables for batches of up to the given sizes.
+    fn tables(&self, limits: &cogvlm_core::workspace::StepLimits) -> Result<Self::Tables, BackendError>;
+
+    /// Makes `batch` the one that `tables` describe.
+    fn set_batch(&self, tables: &mut Self::Tables, batch: &Batch) -> Result<(), BackendError>;
+
+    // ── decoder ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    /// `hidden[i] = table[ids[i]]`; table `[vocab_size, hidden_size]`.
+    fn embed(&self, table: &Self::Weight, ids: &[u32], hidden: &mut Self::Buffer) -> Result<(), BackendError>;
+
+    /// `out = weight * x / sqrt(mean(x²) + eps)` on the first `rows` rows, one rounding.
+    fn rms_norm(
+        &self, x: &Self::Buffer, weight: &Self::Weight, eps: f32, rows: usize, out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+
+    /// As [`rms_norm`](Self::rms_norm), of the rows that the batch wants logits of: `out[i] = norm(x[logit_rows[i]])`.
+    fn rms_norm_logit_rows(
+        &self, x: &Self::Buffer, weight: &Self::Weight, eps: f32, tables: &Self::Tables, out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+
+    /// `[q | k | v] = x Wᵀ` with the weight of each row's expert, rounded; then q and k rotated by the row's position
+    /// id and rounded; q to `query`, k and v to the row's slot of the paged cache `kv`.
+    ///
+    /// W `[(num_heads + 2 num_kv_heads) * head_dim, hidden_size]`; `rope` f32 `[positions, head_dim]`, each row the
+    /// cosines, then the sines ([`rope::table`]); `kv` `[num_blocks, 2 * num_kv_heads * BLOCK_LEN * head_dim]`, each
+    /// row `[key/value][num_kv_heads][BLOCK_LEN][head_dim]`. With [`RopeMode::Published`] the two products of a
+    /// rotation are rounded before their sum is.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation, as a GPU runs it")]
+    fn qkv_rope_append(
+        &self, x: &Self::Buffer, weights: ExpertWeights<'_, Self::Weight>, ranges: &[ExpertRange], heads: HeadGeometry,
+        rope: &Self::Buffer, mode: RopeMode, tables: &Self::Tables, query: &mut Self::Buffer, kv: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+
+    /// Causal softmax attention of every sequence of the batch over its paged cache, scale `head_dim^-½`; scores and
+    /// softmax in f32. Row `j` of a sequence's rows sees the keys up to its own.
+    fn attention(
+        &self, query: &Self::Buffer, kv: &Self::Buffer, heads: HeadGeometry, tables: &Self::Tables, out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+
+    /// `residual += x Wᵀ` with the weight of each row's expert; the product is rounded, then the sum.
+    fn linear_residual(
+        &self, x: &Self::Buffer, weights: ExpertWeights<'_, Self::Weight>, ranges: &[ExpertRange], residual: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+
+    /// `out = silu(x Gᵀ) * (x Uᵀ)` with the weights of each row's expert; rounded: both products, the silu, the result.
+    fn gate_up(
+        &self, x: &Self::Buffer, gate: ExpertWeights<'_, Self::Weight>, up: ExpertWeights<'_, Self::Weight>,
+        ranges: &[ExpertRange], out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+
+    /// `logits = x Wᵀ` for the first `rows` rows, rounded to the activation type, stored as f32.
+    fn logits(&self, x: &Self::Buffer, weight: &Self::Weight, rows: usize, logits: &mut Self::Buffer) -> Result<(), BackendError>;
+
+    /// One token for each of the first rows of `logits` ([`sampling::sample`] says which).
+    fn sample(&self, logits: &Self::Buffer, requests: &[SampleRequest<'_>]) -> Result<Vec<u32>, BackendError>;
+
+    // ── vision ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    /// Cuts images into patches and embeds them: per image the class token, then the patches row by row,
+    /// `patch · Wᵀ + bias` (rounded), each plus its position embedding (rounded). `pixels`
+    /// `[num_images, channels * size * size]`, `out` `[num_images * (patches + 1), width]`.
+    fn patch_embed(
+        &self, pixels: &Self::Buffer, weights: PatchWeights<'_, Self::Weight>, geometry: PatchGeometry, out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+
+    /// `out = activation(x Wᵀ + bias)` on the first `rows` rows; rounded after the bias, and after the activation.
+    fn linear(
+        &self, x: &Self::Buffer, weight: &Self::Weight, bias: Option<&Self::Weight>, activation: Activation, rows: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+
+    /// Full softmax attention inside each image. `qkv` `[num_images * num_tokens, 3 * heads * head_dim]`, rows
+    /// `[q | k | v]`; `out` `[num_images * num_tokens, heads * head_dim]`.
+    fn image_attention(
+        &self, qkv: &Self::Buffer, num_images: usize, num_tokens: usize, heads: HeadGeometry, out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+
+    /// `residual += layer_norm(branch)`; rounded: the norm, the sum.
+    fn layer_norm_residual(
+        &self, branch: &Self::Buffer, weight: &Self::Weight, bias: &Self::Weight, eps: f32, rows: usize,
+        residual: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+
+    /// `x = gelu(layer_norm(x))` in place; rounded: the norm, the gelu.
+    fn layer_norm_gelu(
+        &self, x: &mut Self::Buffer, weight: &Self::Weight, bias: &Self::Weight, eps: f32, rows: usize,
+    ) -> Result<(), BackendError>;
+
+    /// Copies a weight of `[.., width]` as rows into `first_row..` of `destination` (BOI and EOI beside the patches).
+    fn copy_weight_rows(
+        &self, weight: &Self::Weight, destination: &mut Self::Buffer, first_row: usize,
+    ) -> Result<(), BackendError>;
+}

@@ -45,6 +45,8 @@ pub enum BufferKind {
     Query,
     /// `silu(gate) * up`: `[max_tokens, intermediate_size]`.
     MlpInner,
+    /// Cosines and sines of every position: f32 `[context_len, head_dim]`.
+    RopeTable,
     /// Input image: `[max_images, channels, image_size, image_size]`.
     Pixels,
     /// ViT hidden states: `[max_images * vit_tokens, vit_hidden]`.
@@ -79,6 +81,7 @@ impl BufferKind {
             Self::Hidden | Self::Normed => [tokens, spec.hidden_size],
             Self::Query => [tokens, spec.num_heads * spec.head_dim],
             Self::MlpInner => [tokens, spec.intermediate_size],
+            Self::RopeTable => [limits.context_len, spec.head_dim],
             Self::Pixels => [images, vision.num_channels * vision.image_size * vision.image_size],
             Self::VitHidden | Self::VitAttention | Self::VitBranch => [vit_rows, vision.hidden_size],
             Self::VitQkv => [vit_rows, 3 * vision.hidden_size],
@@ -93,7 +96,7 @@ impl BufferKind {
 
     /// Element type of the buffer where activations are `activations`.
     pub fn dtype(self, activations: DType) -> DType {
-        if self == Self::Logits { DType::F32 } else { activations }
+        if matches!(self, Self::Logits | Self::RopeTable) { DType::F32 } else { activations }
     }
 
     /// Bytes of the buffer.
@@ -106,16 +109,16 @@ impl BufferKind {
 /// The buffers that a rank executing `units` needs, each once, in a fixed order.
 pub fn workspace_buffers(units: &[Unit]) -> Vec<BufferKind> {
     use BufferKind::{
-        AdapterHidden, AdapterInner, HeadInput, Hidden, Logits, MlpInner, Normed, Pixels, Query, VisionFeatures,
+        AdapterHidden, AdapterInner, HeadInput, Hidden, Logits, MlpInner, Normed, Pixels, Query, RopeTable, VisionFeatures,
         VitAttention, VitBranch, VitHidden, VitInner, VitQkv,
     };
     let needed = |unit: &Unit| -> &'static [BufferKind] {
         match unit {
             Unit::PatchEmbedding => &[Pixels, VitHidden],
             Unit::VitLayer(_) => &[VitHidden, VitQkv, VitAttention, VitBranch, VitInner],
-            Unit::Adapter => &[VitHidden, AdapterHidden, AdapterInner, VisionFeatures],
+            Unit::Adapter => &[VitHidden, VitBranch, AdapterHidden, AdapterInner, VisionFeatures],
             Unit::Embedding => &[VisionFeatures, Hidden],
-            Unit::DecoderLayer(_) => &[Hidden, Normed, Query, MlpInner],
+            Unit::DecoderLayer(_) => &[Hidden, Normed, Query, MlpInner, RopeTable],
             Unit::Head => &[Hidden, HeadInput, Logits],
         }
     };
@@ -158,6 +161,6 @@ mod tests {
         for (index, kind) in kinds.iter().enumerate() {
             assert!(!kinds[..index].contains(kind), "{kind:?} stands twice");
         }
-        assert_eq!(kinds.len(), 15);
+        assert_eq!(kinds.len(), 16);
     }
 }

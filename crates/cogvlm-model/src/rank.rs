@@ -1,0 +1,189 @@
+//! One device's share of the model: its weights, its KV cache, its workspace, and how a stage runs on them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cogvlm_backend::{Backend, BackendError, RopeMode, rope};
+use cogvlm_core::workspace::{BLOCK_LEN, BufferKind, StepLimits, workspace_buffers};
+use cogvlm_core::{Expert, ModelSpec, Unit, WeightGroup};
+
+use crate::step::{Captured, Crossing, StageOutput, Step};
+use crate::weights::{GroupKey, Weights};
+
+/// Why a rank could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The device refused or failed.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
+
+/// What a rank is made for.
+#[derive(Debug, Clone)]
+pub struct RankSpec {
+    /// The model.
+    pub spec: ModelSpec,
+    /// The largest step.
+    pub limits: StepLimits,
+    /// All units that the rank executes, in order of execution.
+    pub units: Vec<Unit>,
+    /// RoPE frequencies: the checkpoint's where it has them.
+    pub inv_freq: Vec<f32>,
+    /// Arithmetic of RoPE's angles.
+    pub rope_mode: RopeMode,
+}
+
+/// One device's share of the model.
+pub struct Rank<B: Backend> {
+    pub(crate) backend: Arc<B>,
+    pub(crate) spec: ModelSpec,
+    pub(crate) rope_mode: RopeMode,
+    pub(crate) weights: Weights<B>,
+    pub(crate) workspace: Workspace<B>,
+    /// Paged KV cache of each decoder layer executed here.
+    pub(crate) kv: HashMap<usize, B::Buffer>,
+    pub(crate) tables: B::Tables,
+}
+
+/// The rank's workspace buffers.
+pub(crate) struct Workspace<B: Backend> {
+    buffers: HashMap<BufferKind, B::Buffer>,
+}
+
+impl<B: Backend> Workspace<B> {
+    /// Several buffers at once, all different.
+    pub(crate) fn buffers<const N: usize>(&mut self, kinds: [BufferKind; N]) -> [&mut B::Buffer; N] {
+        let found = self.buffers.get_disjoint_mut(kinds.each_ref());
+        found.map(|buffer| buffer.expect("the rank's units name the buffers they use in `workspace_buffers`"))
+    }
+}
+
+impl<B: Backend> Rank<B> {
+    /// Allocates workspace and KV cache beside `weights`, which are on `backend` already. After this the rank
+    /// allocates nothing.
+    ///
+    /// # Errors
+    /// Where the device has no room.
+    pub fn new(backend: Arc<B>, rank: RankSpec, weights: Weights<B>) -> Result<Self, LoadError> {
+        let RankSpec { spec, limits, units, inv_freq, rope_mode } = rank;
+        let activations = backend.activation_dtype();
+        let mut buffers = HashMap::new();
+        for kind in workspace_buffers(&units) {
+            buffers.insert(kind, backend.alloc("workspace", kind.dtype(activations), kind.shape(&spec, &limits))?);
+        }
+        if let Some(table) = buffers.get_mut(&BufferKind::RopeTable) {
+            backend.write(&rope::table(&inv_freq, limits.context_len, rope_mode, activations), table, 0)?;
+        }
+        let mut kv = HashMap::new();
+        for unit in &units {
+            if let Unit::DecoderLayer(layer) = unit {
+                let shape = [limits.num_kv_blocks(), BLOCK_LEN * spec.kv_elements_per_token()];
+                kv.insert(*layer, backend.alloc("KV cache", activations, shape)?);
+            }
+        }
+        let tables = backend.tables(&limits)?;
+        Ok(Self { backend, spec, rope_mode, weights, workspace: Workspace { buffers }, kv, tables })
+    }
+
+    /// Runs the stage of `units` on what the stage before sent.
+    ///
+    /// # Errors
+    /// Where the device fails, or a weight cannot be read any more. The rank can be used again afterwards.
+    pub fn run_stage(
+        &mut self, units: &[Unit], step: &Step, input: Option<Crossing<B::Parcel>>,
+    ) -> Result<StageOutput<B::Parcel>, BackendError> {
+        let units: Vec<Unit> = units.iter().copied().filter(|unit| !unit.is_vision() || !step.images.is_empty()).collect();
+        self.weights.begin(&self.backend, units.iter().flat_map(|unit| groups_in_order_of_use(*unit, step)))?;
+        self.backend.set_batch(&mut self.tables, &step.batch)?;
+        self.receive(input)?;
+        let mut output =
+            StageOutput { crossing: None, tokens: Vec::new(), logits: Vec::new(), captured: Vec::new(), vision_time: Duration::ZERO };
+        for unit in &units {
+            let start = Instant::now();
+            match *unit {
+                Unit::PatchEmbedding => self.patch_embedding(step)?,
+                Unit::VitLayer(layer) => self.vit_layer(layer, step)?,
+                Unit::Adapter => self.adapter(step)?,
+                Unit::Embedding => self.embedding(step)?,
+                Unit::DecoderLayer(layer) => self.decoder_layer(layer, step)?,
+                Unit::Head => self.head(step, &mut output)?,
+            }
+            if unit.is_vision() {
+                output.vision_time += start.elapsed();
+            }
+            if step.capture {
+                output.captured.push(self.capture(*unit, step)?);
+            }
+        }
+        output.crossing = match units.last() {
+            None | Some(Unit::Head) => None,
+            Some(last) => Some(self.send(*last, step)?),
+        };
+        Ok(output)
+    }
+
+    fn receive(&mut self, input: Option<Crossing<B::Parcel>>) -> Result<(), BackendError> {
+        let (parcel, kind) = match input {
+            None => return Ok(()),
+            Some(Crossing::VitHidden(parcel)) => (parcel, BufferKind::VitHidden),
+            Some(Crossing::VisionFeatures(parcel)) => (parcel, BufferKind::VisionFeatures),
+            Some(Crossing::Hidden(parcel)) => (parcel, BufferKind::Hidden),
+        };
+        let [buffer] = self.workspace.buffers([kind]);
+        self.backend.receive(parcel, buffer, 0)
+    }
+
+    /// What the stage after one that ends in `last` needs.
+    fn send(&mut self, last: Unit, step: &Step) -> Result<Crossing<B::Parcel>, BackendError> {
+        let (kind, rows) = self.result_of(last, step);
+        let [buffer] = self.workspace.buffers([kind]);
+        let parcel = self.backend.send(buffer, 0..rows)?;
+        Ok(match kind {
+            BufferKind::VitHidden => Crossing::VitHidden(parcel),
+            BufferKind::VisionFeatures => Crossing::VisionFeatures(parcel),
+            _ => Crossing::Hidden(parcel),
+        })
+    }
+
+    /// The buffer that holds what `unit` computed, and its rows.
+    fn result_of(&self, unit: Unit, step: &Step) -> (BufferKind, usize) {
+        let num_images = step.images.len();
+        match unit {
+            Unit::PatchEmbedding | Unit::VitLayer(_) => (BufferKind::VitHidden, num_images * self.spec.vision.num_tokens()),
+            Unit::Adapter => (BufferKind::VisionFeatures, num_images * self.spec.num_vision_tokens()),
+            Unit::Embedding | Unit::DecoderLayer(_) => (BufferKind::Hidden, step.batch.num_rows()),
+            Unit::Head => (BufferKind::HeadInput, step.batch.logit_rows.len()),
+        }
+    }
+
+    fn capture(&mut self, unit: Unit, step: &Step) -> Result<Captured, BackendError> {
+        let name = match unit {
+            Unit::PatchEmbedding => "vit.embed".to_owned(),
+            Unit::VitLayer(layer) => format!("vit.layer.{layer}"),
+            Unit::Adapter => "vision.out".to_owned(),
+            Unit::Embedding => "llm.embed".to_owned(),
+            Unit::DecoderLayer(layer) => format!("llm.layer.{layer}"),
+            Unit::Head => "llm.norm".to_owned(),
+        };
+        let (kind, rows) = self.result_of(unit, step);
+        let [buffer] = self.workspace.buffers([kind]);
+        let values = self.backend.read(buffer, 0..rows)?;
+        let columns = values.len().checked_div(rows).unwrap_or(0);
+        Ok(Captured { name, shape: [rows, columns], values })
+    }
+}
+
+/// The groups that a unit takes in a step, in the order in which it takes them.
+fn groups_in_order_of_use(unit: Unit, step: &Step) -> Vec<GroupKey> {
+    let groups = match unit {
+        Unit::DecoderLayer(_) => {
+            let experts = [Expert::Language, Expert::Vision];
+            let used = || experts.into_iter().filter(|expert| step.uses(*expert));
+            let operations = [WeightGroup::Qkv, WeightGroup::Dense, WeightGroup::GateUp, WeightGroup::Down];
+            operations.into_iter().flat_map(|operation| used().map(operation)).collect()
+        }
+        _ => vec![WeightGroup::Whole],
+    };
+    groups.into_iter().map(|group| (unit, group)).collect()
+}

@@ -1,0 +1,84 @@
+//! One turn of the engine, as every stage sees it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cogvlm_backend::{Batch, SamplingParams};
+use cogvlm_core::Expert;
+
+/// What one step computes. Shared by all stages.
+#[derive(Debug, Default)]
+pub struct Step {
+    /// Its rows and sequences.
+    pub batch: Batch,
+    /// Images whose vision tokens are among the rows.
+    pub images: Vec<StepImage>,
+    /// How to choose the next token from each row of logits, in the order of `batch.logit_rows`.
+    pub samples: Vec<SampleSpec>,
+    /// Bring the logits back to the host as well.
+    pub want_logits: bool,
+    /// Bring the hidden states after every unit back to the host: for tests, and for finding where two runs part.
+    pub capture: bool,
+}
+
+/// An image of a step.
+#[derive(Debug)]
+pub struct StepImage {
+    /// Normalised pixels, `[channels, image_size, image_size]`.
+    pub pixels: Arc<[f32]>,
+    /// Row of its first vision token, BOI.
+    pub first_row: usize,
+}
+
+/// How the token after one row is chosen.
+#[derive(Debug, Clone)]
+pub struct SampleSpec {
+    /// How.
+    pub params: SamplingParams,
+    /// Every id of prompt and output so far; empty where no repetition penalty needs them.
+    pub seen: Vec<u32>,
+    /// Index of the new token in its answer.
+    pub index: u64,
+}
+
+/// Hidden states after a unit, for tests.
+#[derive(Debug)]
+pub struct Captured {
+    /// Name of the tap: `vit.embed`, `vit.layer.M`, `vision.out`, `llm.embed`, `llm.layer.N`, `llm.norm`.
+    pub name: String,
+    /// Rows and columns.
+    pub shape: [usize; 2],
+    /// The values, row-major.
+    pub values: Vec<f32>,
+}
+
+/// What crosses from a stage to the next.
+pub enum Crossing<P> {
+    /// ViT hidden states of all images: `[images * vit_tokens, vit_hidden]`.
+    VitHidden(P),
+    /// Vision tokens of all images as the decoder sees them: `[images * vision_tokens, hidden_size]`.
+    VisionFeatures(P),
+    /// Decoder hidden states: `[rows, hidden_size]`.
+    Hidden(P),
+}
+
+/// What a stage gives when it is done.
+pub struct StageOutput<P> {
+    /// For the next stage; `None` after the head.
+    pub crossing: Option<Crossing<P>>,
+    /// After the head: the chosen tokens, in the order of `batch.logit_rows`.
+    pub tokens: Vec<u32>,
+    /// After the head, where the step wants them: logits of each of these rows.
+    pub logits: Vec<Vec<f32>>,
+    /// Hidden states, where the step wants them.
+    pub captured: Vec<Captured>,
+    /// Time spent in vision units.
+    pub vision_time: Duration,
+}
+
+impl Step {
+    /// Whether any row is processed by `expert`.
+    pub fn uses(&self, expert: Expert) -> bool {
+        self.batch.expert_ranges.iter().any(|range| range.expert == expert)
+    }
+}

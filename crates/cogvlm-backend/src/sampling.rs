@@ -38,7 +38,9 @@ pub struct SampleRequest<'a> {
 
 /// The draw of token `index` under `seed`: uniform in [0, 1), from the top 53 bits of SplitMix64's output function.
 pub fn uniform(seed: u64, index: u64) -> f64 {
-    let mut z = seed.wrapping_mul(0xD1B5_4A32_D192_ED03).wrapping_add(index.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    let mut z = seed
+        .wrapping_mul(0xD1B5_4A32_D192_ED03)
+        .wrapping_add(index.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^= z >> 31;
@@ -51,7 +53,8 @@ pub fn uniform(seed: u64, index: u64) -> f64 {
 /// not numbers count as minus infinity.
 pub fn sample(logits: &[f32], request: &SampleRequest<'_>) -> u32 {
     let params = request.params;
-    let mut scores: Vec<f32> = logits.iter().map(|&score| if score.is_nan() { f32::NEG_INFINITY } else { score }).collect();
+    let mut scores: Vec<f32> =
+        logits.iter().map(|&score| if score.is_nan() { f32::NEG_INFINITY } else { score }).collect();
     if params.repetition_penalty != 1.0 {
         penalise(&mut scores, request.seen, params.repetition_penalty);
     }

@@ -199,7 +199,12 @@ impl ModelConfig {
             vision.hidden_size.is_multiple_of(vision.num_heads),
             &format!("it must divide vision_config.hidden_size {}", vision.hidden_size),
         )?;
-        expect("vision_config.in_channels", vision.in_channels, vision.in_channels == 3, "images have 3 channels here")?;
+        expect(
+            "vision_config.in_channels",
+            vision.in_channels,
+            vision.in_channels == 3,
+            "images have 3 channels here",
+        )?;
         expect(
             "vision_config.image_size",
             vision.image_size,
@@ -214,14 +219,27 @@ impl ModelConfig {
             &format!("image_size and patch_size imply {}", num_patches + 1),
         )?;
         expect("hidden_act", &self.hidden_act, self.hidden_act == "silu", "CogVLM's MLPs use \"silu\"")?;
-        expect("vision_config.hidden_act", &vision.hidden_act, vision.hidden_act == "gelu", "CogVLM's ViT uses \"gelu\"")?;
-        expect("tie_word_embeddings", self.tie_word_embeddings, !self.tie_word_embeddings, "CogVLM has an lm_head of its own")?;
-        for (key, eps) in [("rms_norm_eps", self.rms_norm_eps), ("vision_config.layer_norm_eps", vision.layer_norm_eps)] {
+        expect(
+            "vision_config.hidden_act",
+            &vision.hidden_act,
+            vision.hidden_act == "gelu",
+            "CogVLM's ViT uses \"gelu\"",
+        )?;
+        expect(
+            "tie_word_embeddings",
+            self.tie_word_embeddings,
+            !self.tie_word_embeddings,
+            "CogVLM has an lm_head of its own",
+        )?;
+        for (key, eps) in [("rms_norm_eps", self.rms_norm_eps), ("vision_config.layer_norm_eps", vision.layer_norm_eps)]
+        {
             expect(key, eps, eps > 0.0 && eps < 1.0, "an epsilon lies between 0 and 1")?;
         }
-        for (key, id) in
-            [("bos_token_id", self.bos_token_id), ("eos_token_id", self.eos_token_id), ("pad_token_id", self.pad_token_id)]
-        {
+        for (key, id) in [
+            ("bos_token_id", self.bos_token_id),
+            ("eos_token_id", self.eos_token_id),
+            ("pad_token_id", self.pad_token_id),
+        ] {
             // CogVLM2's placeholder ids lie just above what `vocab_size` of some of its files says.
             expect(key, id, (id as usize) < self.vocab_size, &format!("vocab_size is {}", self.vocab_size))?;
         }
@@ -256,7 +274,11 @@ impl ModelConfig {
 }
 
 fn expect(key: &'static str, found: impl ToString, holds: bool, expected: &str) -> Result<(), ConfigError> {
-    if holds { Ok(()) } else { Err(ConfigError::Value { key, found: found.to_string(), expected: expected.to_owned() }) }
+    if holds {
+        Ok(())
+    } else {
+        Err(ConfigError::Value { key, found: found.to_string(), expected: expected.to_owned() })
+    }
 }
 
 #[cfg(test)]
@@ -277,9 +299,18 @@ mod tests {
             *json.pointer_mut(pointer).unwrap() = value;
             ModelConfig::from_json(&json.to_string()).and_then(|config| config.resolve()).unwrap_err().to_string()
         };
-        assert_eq!(change("/num_attention_heads", 3.into()), "`num_attention_heads` is 3, but hidden_size 128 must divide into heads of an even size");
-        assert_eq!(change("/vision_config/num_positions", 18.into()), "`vision_config.num_positions` is 18, but image_size and patch_size imply 17");
-        assert_eq!(change("/vision_config/hidden_act", "relu".into()), "`vision_config.hidden_act` is relu, but CogVLM's ViT uses \"gelu\"");
+        assert_eq!(
+            change("/num_attention_heads", 3.into()),
+            "`num_attention_heads` is 3, but hidden_size 128 must divide into heads of an even size"
+        );
+        assert_eq!(
+            change("/vision_config/num_positions", 18.into()),
+            "`vision_config.num_positions` is 18, but image_size and patch_size imply 17"
+        );
+        assert_eq!(
+            change("/vision_config/hidden_act", "relu".into()),
+            "`vision_config.hidden_act` is relu, but CogVLM's ViT uses \"gelu\""
+        );
         assert!(change("/hidden_size", "wide".into()).contains("invalid type"));
         assert!(change("/num_hidden_layers", 0.into()).contains("between 1 and"));
     }

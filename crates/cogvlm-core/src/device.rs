@@ -68,10 +68,14 @@ impl<'de> Deserialize<'de> for Device {
                 f.write_str("a GPU ordinal, \"cuda:N\", \"cpu\" or \"disk\"")
             }
             fn visit_u64<E: de::Error>(self, value: u64) -> Result<Device, E> {
-                u32::try_from(value).map(Device::Gpu).map_err(|_| E::invalid_value(de::Unexpected::Unsigned(value), &self))
+                u32::try_from(value)
+                    .map(Device::Gpu)
+                    .map_err(|_| E::invalid_value(de::Unexpected::Unsigned(value), &self))
             }
             fn visit_i64<E: de::Error>(self, value: i64) -> Result<Device, E> {
-                u32::try_from(value).map(Device::Gpu).map_err(|_| E::invalid_value(de::Unexpected::Signed(value), &self))
+                u32::try_from(value)
+                    .map(Device::Gpu)
+                    .map_err(|_| E::invalid_value(de::Unexpected::Signed(value), &self))
             }
             fn visit_str<E: de::Error>(self, value: &str) -> Result<Device, E> {
                 Device::parse(value).ok_or_else(|| E::invalid_value(de::Unexpected::Str(value), &self))

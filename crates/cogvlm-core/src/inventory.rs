@@ -150,7 +150,9 @@ impl Inventory {
         let phase = match group {
             _ if unit == Unit::Embedding => Phase::RowLookup,
             _ if unit.is_vision() => Phase::ImagePrefill,
-            Qkv(Expert::Vision) | Dense(Expert::Vision) | GateUp(Expert::Vision) | Down(Expert::Vision) => Phase::ImagePrefill,
+            Qkv(Expert::Vision) | Dense(Expert::Vision) | GateUp(Expert::Vision) | Down(Expert::Vision) => {
+                Phase::ImagePrefill
+            }
             _ => Phase::EveryToken,
         };
         let optional = name.ends_with("rotary_emb.inv_freq");
@@ -160,13 +162,20 @@ impl Inventory {
     fn add_decoder_layer(&mut self, spec: &ModelSpec, layer: usize) {
         let (hidden, inner) = (spec.hidden_size, spec.intermediate_size);
         let unit = Unit::DecoderLayer(layer);
-        for (expert, prefix) in [(Expert::Vision, "self_attn.vision_expert"), (Expert::Language, "self_attn.language_expert")] {
+        for (expert, prefix) in
+            [(Expert::Vision, "self_attn.vision_expert"), (Expert::Language, "self_attn.language_expert")]
+        {
             let name = |rest: &str| decoder_tensor(layer, &format!("{prefix}_{rest}"));
             self.add(&name("query_key_value.weight"), &[spec.qkv_size(), hidden], unit, WeightGroup::Qkv(expert));
             if spec.grouped_kv && expert == Expert::Vision {
                 self.add(&name("query_key_value.bias"), &[spec.qkv_size()], unit, WeightGroup::Qkv(expert));
             }
-            self.add(&name("dense.weight"), &[hidden, spec.num_heads * spec.head_dim], unit, WeightGroup::Dense(expert));
+            self.add(
+                &name("dense.weight"),
+                &[hidden, spec.num_heads * spec.head_dim],
+                unit,
+                WeightGroup::Dense(expert),
+            );
         }
         let inv_freq = decoder_tensor(layer, "self_attn.rotary_emb.inv_freq");
         self.add(&inv_freq, &[spec.head_dim / 2], unit, WeightGroup::Norms);
@@ -189,9 +198,19 @@ impl Inventory {
         let patch = "model.vision.patch_embedding";
         let side = vision.patch_size;
         self.add(&format!("{patch}.cls_embedding"), &[1, width], Unit::PatchEmbedding, whole);
-        self.add(&format!("{patch}.proj.weight"), &[width, vision.num_channels, side, side], Unit::PatchEmbedding, whole);
+        self.add(
+            &format!("{patch}.proj.weight"),
+            &[width, vision.num_channels, side, side],
+            Unit::PatchEmbedding,
+            whole,
+        );
         self.add(&format!("{patch}.proj.bias"), &[width], Unit::PatchEmbedding, whole);
-        self.add(&format!("{patch}.position_embedding.weight"), &[vision.num_tokens(), width], Unit::PatchEmbedding, whole);
+        self.add(
+            &format!("{patch}.position_embedding.weight"),
+            &[vision.num_tokens(), width],
+            Unit::PatchEmbedding,
+            whole,
+        );
         for layer in 0..vision.num_layers {
             let linears = [
                 ("input_layernorm", vec![width]),

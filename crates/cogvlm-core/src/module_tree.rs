@@ -69,7 +69,9 @@ impl Module {
             .child("layers", Self::list(spec.num_layers, &decoder_layer(spec, dtype)))
             .child("norm", norm)
             .child("vision", vision_tower(spec, dtype));
-        Self::new("CogVLMForCausalLM").child("model", model).child("lm_head", Self::linear(&[vocab, hidden], false, dtype))
+        Self::new("CogVLMForCausalLM")
+            .child("model", model)
+            .child("lm_head", Self::linear(&[vocab, hidden], false, dtype))
     }
 }
 
@@ -137,5 +139,9 @@ fn vision_tower(spec: &ModelSpec, dtype: DType) -> Module {
         .child("patch_embedding", patches)
         .child("transformer", Module::new("Transformer").child("layers", Module::list(vision.num_layers, &layer)))
         .child("linear_proj", adapter);
-    if spec.grouped_kv { tower.child("conv", Module::affine("Conv2d", &[width, width, 2, 2], true, dtype)) } else { tower }
+    if spec.grouped_kv {
+        tower.child("conv", Module::affine("Conv2d", &[width, width, 2, 2], true, dtype))
+    } else {
+        tower
+    }
 }

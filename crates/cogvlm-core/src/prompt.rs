@@ -41,7 +41,8 @@ impl Template {
             Self::Chat => "Answer:",
             Self::Vqa => "Short answer:",
         };
-        let turns: String = history.iter().map(|turn| format!("Question: {} {answer} {}\n", turn.question, turn.answer)).collect();
+        let turns: String =
+            history.iter().map(|turn| format!("Question: {} {answer} {}\n", turn.question, turn.answer)).collect();
         format!("{turns}Question: {query} {answer}")
     }
 }

@@ -66,9 +66,8 @@ pub fn route_experts(token_types: &[TokenType]) -> Vec<Expert> {
 pub fn position_ids(token_types: &[TokenType]) -> Vec<u32> {
     use TokenType::{Language, Vision};
     let at = |index: Option<usize>| index.and_then(|index| token_types.get(index)).copied().unwrap_or(Language);
-    let is_patch = |index: usize| {
-        at(Some(index)) == Vision && at(index.checked_sub(1)) == Vision && at(Some(index + 1)) == Vision
-    };
+    let is_patch =
+        |index: usize| at(Some(index)) == Vision && at(index.checked_sub(1)) == Vision && at(Some(index + 1)) == Vision;
     let mut position = 0;
     (0..token_types.len())
         .map(|index| {

@@ -109,8 +109,8 @@ impl BufferKind {
 /// The buffers that a rank executing `units` needs, each once, in a fixed order.
 pub fn workspace_buffers(units: &[Unit]) -> Vec<BufferKind> {
     use BufferKind::{
-        AdapterHidden, AdapterInner, HeadInput, Hidden, Logits, MlpInner, Normed, Pixels, Query, RopeTable, VisionFeatures,
-        VitAttention, VitBranch, VitHidden, VitInner, VitQkv,
+        AdapterHidden, AdapterInner, HeadInput, Hidden, Logits, MlpInner, Normed, Pixels, Query, RopeTable,
+        VisionFeatures, VitAttention, VitBranch, VitHidden, VitInner, VitQkv,
     };
     let needed = |unit: &Unit| -> &'static [BufferKind] {
         match unit {

@@ -12,4 +12,4 @@ mod weights;
 
 pub use rank::{LoadError, Rank, RankSpec};
 pub use step::{Captured, Crossing, SampleSpec, StageOutput, Step, StepImage};
-pub use weights::{GroupKey, GroupSource, Weights};
+pub use weights::{GroupKey, GroupSource, SourceTensor, Weights};

@@ -91,14 +91,23 @@ impl<B: Backend> Rank<B> {
     /// # Errors
     /// Where the device fails, or a weight cannot be read any more. The rank can be used again afterwards.
     pub fn run_stage(
-        &mut self, units: &[Unit], step: &Step, input: Option<Crossing<B::Parcel>>,
+        &mut self,
+        units: &[Unit],
+        step: &Step,
+        input: Option<Crossing<B::Parcel>>,
     ) -> Result<StageOutput<B::Parcel>, BackendError> {
-        let units: Vec<Unit> = units.iter().copied().filter(|unit| !unit.is_vision() || !step.images.is_empty()).collect();
+        let units: Vec<Unit> =
+            units.iter().copied().filter(|unit| !unit.is_vision() || !step.images.is_empty()).collect();
         self.weights.begin(&self.backend, units.iter().flat_map(|unit| groups_in_order_of_use(*unit, step)))?;
         self.backend.set_batch(&mut self.tables, &step.batch)?;
         self.receive(input)?;
-        let mut output =
-            StageOutput { crossing: None, tokens: Vec::new(), logits: Vec::new(), captured: Vec::new(), vision_time: Duration::ZERO };
+        let mut output = StageOutput {
+            crossing: None,
+            tokens: Vec::new(),
+            logits: Vec::new(),
+            captured: Vec::new(),
+            vision_time: Duration::ZERO,
+        };
         for unit in &units {
             let start = Instant::now();
             match *unit {
@@ -150,7 +159,9 @@ impl<B: Backend> Rank<B> {
     fn result_of(&self, unit: Unit, step: &Step) -> (BufferKind, usize) {
         let num_images = step.images.len();
         match unit {
-            Unit::PatchEmbedding | Unit::VitLayer(_) => (BufferKind::VitHidden, num_images * self.spec.vision.num_tokens()),
+            Unit::PatchEmbedding | Unit::VitLayer(_) => {
+                (BufferKind::VitHidden, num_images * self.spec.vision.num_tokens())
+            }
             Unit::Adapter => (BufferKind::VisionFeatures, num_images * self.spec.num_vision_tokens()),
             Unit::Embedding | Unit::DecoderLayer(_) => (BufferKind::Hidden, step.batch.num_rows()),
             Unit::Head => (BufferKind::HeadInput, step.batch.logit_rows.len()),

@@ -43,7 +43,8 @@ impl<B: Backend> Rank<B> {
             HeadGeometry { num_heads: vision.num_heads, num_kv_heads: vision.num_heads, head_dim: vision.head_dim };
         let taken = self.weights.take(&self.backend, (Unit::VitLayer(layer), WeightGroup::Whole))?;
         {
-            let [norm, norm_bias, qkv_w, qkv_b, dense_w, dense_b, fc1_w, fc1_b, fc2_w, fc2_b, post, post_bias] = taken.exactly();
+            let [norm, norm_bias, qkv_w, qkv_b, dense_w, dense_b, fc1_w, fc1_b, fc2_w, fc2_b, post, post_bias] =
+                taken.exactly();
             let backend = &*self.backend;
             let [hidden, qkv, attention, branch, inner] = self.workspace.buffers([
                 BufferKind::VitHidden,

@@ -1,0 +1,254 @@
+//! From a plan to ranks: every tensor goes to where the plan says.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use cogvlm_backend::{Backend, BackendError, HostReadError, HostWeight, RopeMode, rope};
+use cogvlm_core::{DType, Device, ModelSpec, TensorSpec, Unit, WeightGroup};
+use cogvlm_model::{GroupKey, GroupSource, Rank, RankSpec, SourceTensor, Weights};
+use cogvlm_plan::plan::{DevicePlan, Plan, Residency, STAGING_ALIGN, STAGING_SLOTS, TensorPlacement};
+use tracing::info;
+
+use crate::ranks::Ranks;
+
+/// Where weights come from: a checkpoint's mapped files, or the rule of a synthetic model.
+pub trait WeightSource: Sync {
+    /// The tensor called `tensor.name`; `None` if there is none, which is legal for optional ones.
+    fn weight(&self, tensor: &TensorSpec) -> Option<HostWeight>;
+}
+
+/// Told now and then how many of how many bytes are loaded; from several threads.
+pub type LoadProgress<'a> = &'a (dyn Fn(u64, u64) + Sync);
+
+/// Why a plan could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A tensor of the plan is not in the checkpoint.
+    #[error("the checkpoint has no tensor `{tensor}`")]
+    Missing {
+        /// The tensor.
+        tensor: String,
+    },
+    /// Decoder layers disagree about RoPE.
+    #[error("`{tensor}` differs from that of layer 0; all layers of a CogVLM share their frequencies")]
+    InvFreq {
+        /// The odd one.
+        tensor: String,
+    },
+    /// A tensor could not be placed.
+    #[error("loading `{tensor}` onto rank {device}: {source}")]
+    Tensor {
+        /// The tensor.
+        tensor: String,
+        /// Where it was going.
+        device: Device,
+        /// What happened.
+        source: BackendError,
+    },
+    /// A rank could not be set up.
+    #[error("setting up rank {device}: {source}")]
+    Rank {
+        /// The rank.
+        device: Device,
+        /// What happened.
+        source: cogvlm_model::LoadError,
+    },
+    /// A thread could not be started.
+    #[error("cannot start a thread for a rank: {0}")]
+    Thread(#[from] std::io::Error),
+    /// The host refused to give a weight.
+    #[error(transparent)]
+    Host(#[from] HostReadError),
+    /// This model can be planned, not run.
+    #[error("`{model}` is a CogVLM2 model, which can be planned but not run")]
+    Unsupported {
+        /// Its name.
+        model: String,
+    },
+}
+
+/// Loads every tensor of `plan` from `source` and starts the ranks. `make_backend` opens a device with an arena of
+/// exactly what the plan gives it, less the reserve.
+///
+/// # Errors
+/// Where a tensor is missing or unreadable, or a device refuses.
+pub fn load_plan<B: Backend>(
+    plan: &Plan,
+    spec: &ModelSpec,
+    source: &dyn WeightSource,
+    rope_mode: RopeMode,
+    make_backend: &dyn Fn(&DevicePlan) -> Result<B, BackendError>,
+    progress: LoadProgress<'_>,
+) -> Result<Ranks<B>, LoadError> {
+    if spec.grouped_kv {
+        return Err(LoadError::Unsupported { model: plan.model.clone() });
+    }
+    let mut backends = BTreeMap::new();
+    for device in plan.devices.iter().filter(|device| device.device.executes()) {
+        let opened = make_backend(device).map_err(|source| LoadError::Tensor {
+            tensor: "device".to_owned(),
+            device: device.device,
+            source,
+        })?;
+        backends.insert(device.device, Arc::new(opened));
+    }
+    let inv_freq = inv_freq(spec, source)?;
+    let weights = place_weights(plan, source, &backends, progress)?;
+    let mut ranks = Vec::new();
+    let mut grouped: BTreeMap<Device, PlacedGroups<B::Weight>> = BTreeMap::new();
+    for placed in weights {
+        let groups = grouped.entry(placed.executes_on).or_default();
+        groups.entry((placed.unit, placed.group)).or_default().push(placed);
+    }
+    for (device, backend) in backends {
+        let units: Vec<Unit> =
+            plan.stages.iter().filter(|stage| stage.device == device).flat_map(|stage| stage.units.clone()).collect();
+        let failed = |source| LoadError::Rank { device, source };
+        let mut slot_bytes = 0;
+        let groups = grouped.remove(&device).unwrap_or_default().into_iter().map(|(key, tensors)| {
+            let source = group_source(tensors, &mut slot_bytes);
+            (key, source)
+        });
+        let groups: HashMap<GroupKey, GroupSource<B::Weight>> = groups.collect();
+        let weights =
+            Weights::new(&*backend, groups, STAGING_SLOTS, slot_bytes as usize).map_err(|e| failed(e.into()))?;
+        let limits = plan.limits;
+        let rank_spec = RankSpec { spec: spec.clone(), limits, units, inv_freq: inv_freq.clone(), rope_mode };
+        let rank = Rank::new(Arc::clone(&backend), rank_spec, weights).map_err(failed)?;
+        info!(%device, bytes = backend.memory().in_use, "loaded rank");
+        ranks.push((device, backend, rank));
+    }
+    let rank_of = |device: Device| {
+        ranks.iter().position(|(known, ..)| *known == device).expect("plans list every device that executes a stage")
+    };
+    let stages = plan.stages.iter().map(|stage| (rank_of(stage.device), stage.units.clone())).collect();
+    Ok(Ranks::start(ranks, stages)?)
+}
+
+/// The tensors of one device by the group they are used in.
+type PlacedGroups<W> = HashMap<GroupKey, Vec<PlacedTensor<W>>>;
+
+/// A tensor in its place.
+struct PlacedTensor<W> {
+    unit: Unit,
+    group: WeightGroup,
+    executes_on: Device,
+    bytes: u64,
+    place: SourcePlace<W>,
+}
+
+enum SourcePlace<W> {
+    Resident(W),
+    Elsewhere(SourceTensor<W>),
+}
+
+/// Puts every tensor where the plan says: one thread per device that weights are copied to.
+fn place_weights<B: Backend>(
+    plan: &Plan,
+    source: &dyn WeightSource,
+    backends: &BTreeMap<Device, Arc<B>>,
+    progress: LoadProgress<'_>,
+) -> Result<Vec<PlacedTensor<B::Weight>>, LoadError> {
+    let wanted: Vec<(usize, &TensorPlacement)> =
+        plan.placements.iter().enumerate().filter(|(_, placement)| !placement.tensor.optional).collect();
+    let total: u64 = wanted.iter().map(|(_, placement)| placement.bytes).sum();
+    let done = AtomicU64::new(0);
+    progress(0, total);
+    let place_on = |device: Device| -> Result<Vec<_>, LoadError> {
+        let mut placed = Vec::new();
+        for (index, placement) in wanted.iter().filter(|(_, placement)| rests_on(placement) == device) {
+            placed.push((*index, place_tensor(placement, source, backends)?));
+            progress(done.fetch_add(placement.bytes, Ordering::Relaxed) + placement.bytes, total);
+        }
+        Ok(placed)
+    };
+    let mut all = std::thread::scope(|scope| {
+        let threads: Vec<_> = backends.keys().map(|device| scope.spawn(|| place_on(*device))).collect();
+        let mut all: Vec<(usize, PlacedTensor<B::Weight>)> = Vec::new();
+        for thread in threads {
+            all.extend(thread.join().expect("loading reports failures as errors")?);
+        }
+        Ok::<_, LoadError>(all)
+    })?;
+    all.sort_by_key(|(index, _)| *index);
+    Ok(all.into_iter().map(|(_, placed)| placed).collect())
+}
+
+/// The device whose backend handles the tensor.
+fn rests_on(placement: &TensorPlacement) -> Device {
+    match placement.residency {
+        Residency::Peer(peer) => peer,
+        _ => placement.executes_on,
+    }
+}
+
+fn place_tensor<B: Backend>(
+    placement: &TensorPlacement,
+    source: &dyn WeightSource,
+    backends: &BTreeMap<Device, Arc<B>>,
+) -> Result<PlacedTensor<B::Weight>, LoadError> {
+    let TensorPlacement { tensor, executes_on, residency, bytes } = placement;
+    let missing = || LoadError::Missing { tensor: tensor.name.clone() };
+    let weight = source.weight(tensor).ok_or_else(missing)?;
+    let device = rests_on(placement);
+    let backend = backends.get(&device).expect("plans list every device that holds a tensor");
+    let failed = |source| LoadError::Tensor { tensor: tensor.name.clone(), device, source };
+    // Host rows are looked up where they rest, and host units use their weights where they rest.
+    let in_place = *executes_on == Device::Cpu || tensor.unit == Unit::Embedding;
+    let place = match residency {
+        Residency::Peer(_) => SourcePlace::Elsewhere(SourceTensor::Peer(backend.load(&weight).map_err(failed)?)),
+        Residency::Device if *executes_on != Device::Cpu => {
+            SourcePlace::Resident(backend.load(&weight).map_err(failed)?)
+        }
+        _ if in_place => SourcePlace::Resident(backend.attach(&weight).map_err(failed)?),
+        _ => SourcePlace::Elsewhere(SourceTensor::Host(weight)),
+    };
+    let (unit, group) = (tensor.unit, tensor.group);
+    Ok(PlacedTensor { unit, group, executes_on: *executes_on, bytes: *bytes, place })
+}
+
+/// A group is resident if all of it is; else all of it goes through the staging ring.
+fn group_source<W: Clone>(tensors: Vec<PlacedTensor<W>>, slot_bytes: &mut u64) -> GroupSource<W> {
+    let all_resident = tensors.iter().all(|tensor| matches!(tensor.place, SourcePlace::Resident(_)));
+    if all_resident {
+        let weights = tensors.into_iter().filter_map(|tensor| match tensor.place {
+            SourcePlace::Resident(weight) => Some(weight),
+            SourcePlace::Elsewhere(_) => None,
+        });
+        return GroupSource::Resident(weights.collect());
+    }
+    let bytes: u64 = tensors.iter().map(|tensor| tensor.bytes.next_multiple_of(STAGING_ALIGN)).sum();
+    *slot_bytes = bytes.max(*slot_bytes);
+    let sources = tensors.into_iter().map(|tensor| match tensor.place {
+        SourcePlace::Resident(weight) => SourceTensor::Peer(weight),
+        SourcePlace::Elsewhere(source) => source,
+    });
+    GroupSource::Streamed(sources.collect())
+}
+
+/// RoPE's frequencies: the checkpoint's where it has them, else the formula's.
+fn inv_freq(spec: &ModelSpec, source: &dyn WeightSource) -> Result<Vec<f32>, LoadError> {
+    let mut first: Option<Vec<f32>> = None;
+    for tensor in cogvlm_core::tensor_inventory(spec).iter().filter(|tensor| tensor.optional) {
+        let Some(weight) = source.weight(tensor) else { continue };
+        let values = read_f32(&*weight)?;
+        match &first {
+            None => first = Some(values),
+            Some(first) if *first != values => return Err(LoadError::InvFreq { tensor: tensor.name.clone() }),
+            Some(_) => {}
+        }
+    }
+    Ok(first.unwrap_or_else(|| rope::inv_freq(spec.head_dim)))
+}
+
+fn read_f32(weight: &dyn cogvlm_backend::HostTensor) -> Result<Vec<f32>, HostReadError> {
+    let num_elements: usize = weight.shape().iter().product();
+    let mut bytes = vec![0; num_elements * weight.dtype().size_bytes()];
+    weight.read_into(&mut bytes)?;
+    Ok(match weight.dtype() {
+        DType::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        DType::F16 => bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        DType::Bf16 => bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+    })
+}

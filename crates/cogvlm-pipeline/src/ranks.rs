@@ -1,0 +1,193 @@
+//! Ranks as threads, and the links between them.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use cogvlm_backend::{Backend, BackendError, MemoryUse};
+use cogvlm_core::{Device, Unit};
+use cogvlm_model::{Captured, Crossing, Rank, StageOutput, Step};
+use tracing::debug_span;
+
+/// What went wrong on a rank.
+#[derive(Debug, thiserror::Error)]
+pub enum RankError {
+    /// An operation failed.
+    #[error("stage {stage} on rank {device}: {source}")]
+    Stage {
+        /// The stage.
+        stage: usize,
+        /// Its device.
+        device: Device,
+        /// What the device said.
+        source: BackendError,
+    },
+    /// The rank's thread has ended.
+    #[error("rank {device} has stopped; its own message stands above")]
+    Stopped {
+        /// The rank's device.
+        device: Device,
+    },
+}
+
+/// A step that has passed through all stages.
+pub(crate) struct StepResult {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) logits: Vec<Vec<f32>>,
+    pub(crate) captured: Vec<Captured>,
+    pub(crate) vision_time: Duration,
+}
+
+/// A step on its way through the stages.
+struct Envelope<P> {
+    step: Arc<Step>,
+    stage: usize,
+    input: Option<Crossing<P>>,
+    captured: Vec<Captured>,
+    vision_time: Duration,
+}
+
+/// What a rank's thread is told.
+enum Message<P> {
+    Run(Envelope<P>),
+    Stop,
+}
+
+/// A stage, and the rank that executes it.
+#[derive(Debug, Clone)]
+struct Route {
+    rank: usize,
+    units: Vec<Unit>,
+}
+
+/// All ranks of a run. Dropping it ends their threads.
+pub struct Ranks<B: Backend> {
+    devices: Vec<Device>,
+    backends: Vec<Arc<B>>,
+    routes: Arc<Vec<Route>>,
+    inboxes: Vec<Sender<Message<B::Parcel>>>,
+    results: Receiver<Result<StepResult, RankError>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// What a rank's thread works with.
+struct RankThread<B: Backend> {
+    index: usize,
+    device: Device,
+    rank: Rank<B>,
+    routes: Arc<Vec<Route>>,
+    /// Inboxes of all ranks.
+    peers: Vec<Sender<Message<B::Parcel>>>,
+    results: Sender<Result<StepResult, RankError>>,
+}
+
+impl<B: Backend> Ranks<B> {
+    /// Starts a thread for each rank. `stages` are in order of execution, each with the index of its rank.
+    pub(crate) fn start(
+        ranks: Vec<(Device, Arc<B>, Rank<B>)>,
+        stages: Vec<(usize, Vec<Unit>)>,
+    ) -> std::io::Result<Self> {
+        let routes: Arc<Vec<Route>> = Arc::new(stages.into_iter().map(|(rank, units)| Route { rank, units }).collect());
+        let (result_sender, results) = channel();
+        let (inboxes, outlets): (Vec<_>, Vec<_>) = ranks.iter().map(|_| channel()).unzip();
+        let mut all = Self { devices: Vec::new(), backends: Vec::new(), routes, inboxes, results, threads: Vec::new() };
+        for (index, ((device, backend, rank), inbox)) in ranks.into_iter().zip(outlets).enumerate() {
+            all.devices.push(device);
+            all.backends.push(backend);
+            let peers = all.inboxes.clone();
+            let routes = Arc::clone(&all.routes);
+            let thread = RankThread { index, device, rank, routes, peers, results: result_sender.clone() };
+            let name = format!("rank-{device}");
+            all.threads.push(std::thread::Builder::new().name(name).spawn(move || thread.run(&inbox))?);
+        }
+        Ok(all)
+    }
+
+    /// Sends a step through all stages and waits for its end.
+    pub(crate) fn run(&self, step: Step) -> Result<StepResult, RankError> {
+        let first = self.first_stage(&step);
+        let rank = self.routes[first].rank;
+        let envelope = Envelope {
+            step: Arc::new(step),
+            stage: first,
+            input: None,
+            captured: Vec::new(),
+            vision_time: Duration::ZERO,
+        };
+        let stopped = |rank: usize| RankError::Stopped { device: self.devices[rank] };
+        self.inboxes[rank].send(Message::Run(envelope)).map_err(|_| stopped(rank))?;
+        loop {
+            match self.results.recv_timeout(Duration::from_millis(200)) {
+                Ok(result) => return result,
+                // A thread ends before its ranks are dropped only if it panicked.
+                Err(_) => {
+                    if let Some(rank) = self.threads.iter().position(JoinHandle::is_finished) {
+                        return Err(stopped(rank));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Stages that only have vision units are passed by steps without images.
+    fn first_stage(&self, step: &Step) -> usize {
+        let works = |route: &Route| !step.images.is_empty() || route.units.iter().any(|unit| !unit.is_vision());
+        self.routes.iter().position(works).unwrap_or(0)
+    }
+
+    /// What each device holds, in rank order.
+    pub fn memory(&self) -> Vec<(Device, MemoryUse)> {
+        self.devices.iter().copied().zip(self.backends.iter().map(|backend| backend.memory())).collect()
+    }
+}
+
+impl<B: Backend> Drop for Ranks<B> {
+    fn drop(&mut self) {
+        for inbox in &self.inboxes {
+            drop(inbox.send(Message::Stop));
+        }
+        for thread in self.threads.drain(..) {
+            drop(thread.join());
+        }
+    }
+}
+
+impl<B: Backend> RankThread<B> {
+    fn run(mut self, inbox: &Receiver<Message<B::Parcel>>) {
+        while let Ok(Message::Run(envelope)) = inbox.recv() {
+            if let Err(error) = self.pass(envelope) {
+                drop(self.results.send(Err(error)));
+            }
+        }
+    }
+
+    /// Runs this rank's stage of a step, and those after it that are its own too, and hands the step on.
+    fn pass(&mut self, envelope: Envelope<B::Parcel>) -> Result<(), RankError> {
+        let Envelope { step, mut stage, mut input, mut captured, mut vision_time } = envelope;
+        let routes = Arc::clone(&self.routes);
+        loop {
+            let device = self.device;
+            let span = debug_span!("stage", stage, %device, rows = step.batch.num_rows()).entered();
+            let output = self.rank.run_stage(&routes[stage].units, &step, input.take());
+            let output = output.map_err(|source| RankError::Stage { stage, device, source })?;
+            drop(span);
+            let StageOutput { crossing, tokens, logits, captured: taps, vision_time: spent } = output;
+            captured.extend(taps);
+            vision_time += spent;
+            stage += 1;
+            let Some(next) = routes.get(stage) else {
+                // The engine is gone only while everything is being dropped.
+                drop(self.results.send(Ok(StepResult { tokens, logits, captured, vision_time })));
+                return Ok(());
+            };
+            input = crossing;
+            if next.rank != self.index {
+                let envelope = Envelope { step, stage, input, captured, vision_time };
+                // The peer is gone only if it panicked, which the engine notices.
+                drop(self.peers[next.rank].send(Message::Run(envelope)));
+                return Ok(());
+            }
+        }
+    }
+}

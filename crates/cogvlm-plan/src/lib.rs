@@ -1,5 +1,11 @@
 //! cogvlm-plan
 #![forbid(unsafe_code)]
 
+mod account;
 pub mod accelerate;
+mod error;
+mod own;
 pub mod plan;
+
+pub use error::{Change, PlanError};
+pub use own::plan;

@@ -1,8 +1,11 @@
 //! What planning takes and what it gives.
 
+use cogvlm_core::memory::MIB;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, ModelSpec, TensorSpec, Unit};
 use serde::{Deserialize, Serialize};
+
+use crate::error::PlanError;
 
 /// How units and weights are placed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -50,6 +53,42 @@ pub struct Rates {
     pub disk_bytes_per_s: f64,
 }
 
+impl Default for Rates {
+    /// Cautious figures for a 24 GB card of the 2020s on PCIe 4.0 x16 in a desktop host: about 80 % of its data
+    /// sheet's bandwidths, half of its dense bf16 arithmetic, peers that reach each other through the host. They are
+    /// assumptions, not measurements: predictions that rest on them compare plans, they do not promise times. A
+    /// machine that was measured says so with rates of its own.
+    fn default() -> Self {
+        Self {
+            device_bytes_per_s: 750e9,
+            device_flops_per_s: 35e12,
+            host_link_bytes_per_s: 20e9,
+            peer_link_bytes_per_s: 20e9,
+            hop_s: 20e-6,
+            host_bytes_per_s: 40e9,
+            host_flops_per_s: 1e12,
+            disk_bytes_per_s: 2e9,
+        }
+    }
+}
+
+impl Rates {
+    /// Bytes per second from `from` to `to`, two different places.
+    pub fn between(&self, from: Device, to: Device) -> f64 {
+        match (from, to) {
+            (Device::Disk, _) | (_, Device::Disk) => self.disk_bytes_per_s,
+            (Device::Gpu(_), Device::Gpu(_)) => self.peer_link_bytes_per_s,
+            _ => self.host_link_bytes_per_s,
+        }
+    }
+}
+
+/// What a CUDA process holds on a card beside what it allocates: context, module images, library handles. Between 300
+/// and 550 MiB on the drivers and cards in use; the rest is margin.
+pub const CUDA_RESERVE_BYTES: u64 = 600 * MIB;
+/// The same for a virtual rank of the CPU backend, which holds nothing but its arena.
+pub const VIRTUAL_RANK_RESERVE_BYTES: u64 = 0;
+
 /// Everything a plan depends on.
 #[derive(Debug, Clone)]
 pub struct PlanRequest {
@@ -73,6 +112,48 @@ pub struct PlanRequest {
     pub rates: Rates,
 }
 
+/// Most tokens of a sequence and of a step that can be planned for.
+pub const MAX_CONTEXT: usize = 1 << 20;
+/// Most sequences and most images of a step that can be planned for.
+pub const MAX_BATCH: usize = 1 << 12;
+
+impl PlanRequest {
+    /// The policy, `auto` resolved.
+    pub(crate) fn resolved_policy(&self) -> Result<Policy, PlanError> {
+        match self.policy {
+            Policy::Auto if self.limits.max_sequences > 1 => Ok(Policy::Throughput),
+            Policy::Auto => Ok(Policy::Latency),
+            Policy::Accelerate => Err(PlanError::Accelerate),
+            policy => Ok(policy),
+        }
+    }
+
+    /// Refuses what no search can meet.
+    pub(crate) fn check(&self) -> Result<(), PlanError> {
+        let limits = &self.limits;
+        for (flag, value, low, high) in [
+            ("--context", limits.context_len, 1, MAX_CONTEXT),
+            ("--batch", limits.max_sequences, 1, MAX_BATCH),
+            ("tokens of a step", limits.max_tokens, limits.max_sequences, MAX_CONTEXT),
+            ("images of a step", limits.max_images, 0, MAX_BATCH),
+        ] {
+            if !(low..=high).contains(&value) {
+                return Err(PlanError::Limit { flag, value, low, high });
+            }
+        }
+        for (index, budget) in self.budgets.iter().enumerate() {
+            let device = budget.device;
+            if self.budgets[..index].iter().any(|other| other.device == device) {
+                return Err(PlanError::DuplicateDevice { device });
+            }
+            if budget.bytes == 0 && device.executes() {
+                return Err(PlanError::ZeroBudget { device });
+            }
+        }
+        if self.budgets.iter().any(|budget| budget.device.executes()) { Ok(()) } else { Err(PlanError::NoDevice) }
+    }
+}
+
 /// Where a tensor rests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Residency {
@@ -80,10 +161,23 @@ pub enum Residency {
     Device,
     /// On another card, from which it is streamed when needed.
     Peer(Device),
-    /// In host memory: the registered mapping of the checkpoint, streamed when needed.
+    /// In host memory: the registered mapping of the checkpoint. Streamed when needed; used in place by units that
+    /// execute on the host, and by the embedding, of which only the rows asked for travel.
     Host,
     /// In the mapped file only, read and streamed when needed.
     File,
+}
+
+impl Residency {
+    /// The place where a tensor rests whose unit executes on `executes_on`.
+    pub fn place(self, executes_on: Device) -> Device {
+        match self {
+            Self::Device => executes_on,
+            Self::Peer(device) => device,
+            Self::Host => Device::Cpu,
+            Self::File => Device::Disk,
+        }
+    }
 }
 
 /// Where one tensor rests and who executes it.
@@ -160,6 +254,8 @@ pub struct Plan {
     pub policy: Policy,
     /// Name of the model.
     pub model: String,
+    /// Element type of the weights, at rest and under way.
+    pub weight_dtype: DType,
     /// Element type of activations and KV cache that sizes were computed for.
     pub activation_dtype: DType,
     /// The step that sizes were computed for.
@@ -187,8 +283,8 @@ impl Plan {
     }
 }
 
-/// Bytes of one slot of a staging ring: the largest group of weights that is streamed as one piece to a device.
-/// Each tensor of a slot begins at a multiple of [`STAGING_ALIGN`].
+/// Each tensor in a slot of a staging ring begins at a multiple of this. A slot holds the largest group of weights that
+/// is streamed to the device.
 pub const STAGING_ALIGN: u64 = 256;
 /// Slots of a staging ring: one is computed with while the next is filled.
 pub const STAGING_SLOTS: usize = 2;

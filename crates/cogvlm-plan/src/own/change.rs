@@ -1,0 +1,129 @@
+//! The smallest change to a request that gives it a wanted property: found by search, and each answer is one that was
+//! planned and had the property.
+
+use cogvlm_core::Device;
+use cogvlm_core::memory::{GIB, MIB};
+
+use super::sizes::Sizes;
+use super::try_plan;
+use crate::error::{Change, PlanError, tenths_of_gib};
+use crate::plan::{DeviceBudget, Plan, PlanRequest, STAGING_SLOTS};
+
+/// The refusal of a request that does not fit.
+pub(super) fn does_not_fit(request: &PlanRequest) -> PlanError {
+    let changes = smallest_changes(request, |_| true);
+    let raised = changes.iter().find_map(|change| match change {
+        Change::Raise(device, bytes) => Some((*device, *bytes)),
+        _ => None,
+    });
+    // One card with room for everything always does, and so does such a host; a request has one of them.
+    let (device, needed_bytes) = raised.unwrap_or((Device::Cpu, enough_for_all(request)));
+    PlanError::DoesNotFit {
+        model: request.model.clone(),
+        device,
+        budget_bytes: budget(request, device).unwrap_or(0),
+        needed_bytes,
+        changes,
+    }
+}
+
+/// Changes after which `request` has a plan that is `good`: the smallest raise of a card, more host memory, a shorter
+/// context, fewer sequences, as far as each does alone.
+pub(crate) fn smallest_changes(request: &PlanRequest, good: impl Fn(&Plan) -> bool) -> Vec<Change> {
+    let does = |change: Change| {
+        let changed = apply(request, change);
+        matches!(try_plan(&changed), Ok(Some(plan)) if good(&plan))
+    };
+    let enough = enough_for_all(request);
+    let raise = |device: Device, from: u64| least_budget(from, enough, |bytes| does(Change::Raise(device, bytes)));
+    let mut changes = Vec::new();
+    let mut cards: Vec<Device> = request.budgets.iter().map(|budget| budget.device).collect();
+    cards.retain(|device| matches!(device, Device::Gpu(_)));
+    cards.sort_unstable();
+    let raised = cards.into_iter().filter_map(|device| {
+        let from = budget(request, device)?;
+        raise(device, from).map(|to| (to.saturating_sub(from), device, to))
+    });
+    if let Some((_, device, to)) = raised.min() {
+        changes.push(Change::Raise(device, to));
+    }
+    match budget(request, Device::Cpu) {
+        Some(from) => changes.extend(raise(Device::Cpu, from).map(|to| Change::Raise(Device::Cpu, to))),
+        None => {
+            let add = least_budget(0, enough, |bytes| does(Change::Add(Device::Cpu, bytes)));
+            changes.extend(add.map(|bytes| Change::Add(Device::Cpu, bytes)));
+        }
+    }
+    let shortest = super::sizes::image_prompt_tokens(&request.spec);
+    let contexts = most(shortest.next_multiple_of(CONTEXT_GRAIN) / CONTEXT_GRAIN, request.limits.context_len / CONTEXT_GRAIN, |n| {
+        does(Change::Context(n * CONTEXT_GRAIN))
+    });
+    changes.extend(contexts.map(|n| Change::Context(n * CONTEXT_GRAIN)));
+    changes.extend(most(1, request.limits.max_sequences, |n| does(Change::Batch(n))).map(Change::Batch));
+    changes
+}
+
+/// Contexts are proposed in multiples of this.
+const CONTEXT_GRAIN: usize = 128;
+
+fn budget(request: &PlanRequest, device: Device) -> Option<u64> {
+    request.budgets.iter().find(|budget| budget.device == device).map(|budget| budget.bytes)
+}
+
+fn apply(request: &PlanRequest, change: Change) -> PlanRequest {
+    let mut request = request.clone();
+    let limits = &mut request.limits;
+    match change {
+        Change::Raise(device, bytes) | Change::Add(device, bytes) => {
+            request.budgets.retain(|budget| budget.device != device);
+            request.budgets.push(DeviceBudget { device, bytes });
+        }
+        Change::Context(tokens) => {
+            limits.context_len = tokens;
+            limits.max_tokens = limits.max_tokens.min(tokens.max(limits.max_sequences));
+        }
+        Change::Batch(sequences) => {
+            limits.max_sequences = sequences;
+            limits.max_tokens = limits.max_tokens.min(limits.context_len.max(sequences));
+        }
+    }
+    request
+}
+
+/// A budget that holds the whole model on one device.
+fn enough_for_all(request: &PlanRequest) -> u64 {
+    let sizes = Sizes::new(&request.spec, request.weight_dtype, request.activation_dtype, request.limits);
+    let (vision, text) = (0..sizes.num_vision, sizes.num_vision..sizes.units.len());
+    let weights: u64 = sizes.groups.iter().map(|group| group.bytes).sum();
+    let ring = STAGING_SLOTS as u64 * sizes.slot_of(&text).max(sizes.slot_of(&vision));
+    let all = weights + sizes.kv_bytes(&text) + sizes.workspace_bytes(&vision, &text) + ring + request.reserve_bytes;
+    // A whole GiB at the end of the search is one that flags can say.
+    all.next_multiple_of(GIB)
+}
+
+/// The least budget above `from` and up to `enough` that does, in tenths of a GiB, or in MiB where the whole model is
+/// small. Assumes that more never does worse; the answer itself was tried.
+fn least_budget(from: u64, enough: u64, does: impl Fn(u64) -> bool) -> Option<u64> {
+    if from >= enough {
+        return None;
+    }
+    let (step, unit): (fn(u64) -> u64, u64) = if enough > 8 * GIB { (tenths_of_gib, GIB / 10) } else { (|n| n * MIB, MIB) };
+    let low = (from / unit..).find(|&n| step(n) > from)? as usize;
+    let high = (enough / unit..).find(|&n| step(n) >= enough)? as usize;
+    // The search below looks for the most; look for the most that can be taken away.
+    let away = most(0, high.checked_sub(low)?, |away| does(step((high - away) as u64)))?;
+    Some(step((high - away) as u64))
+}
+
+/// The most of `low..=high` that does, assuming that whatever is less than one that does does too.
+fn most(low: usize, high: usize, does: impl Fn(usize) -> bool) -> Option<usize> {
+    if low > high || !does(low) {
+        return None;
+    }
+    let (mut yes, mut no) = (low, high + 1);
+    while no - yes > 1 {
+        let middle = yes + (no - yes) / 2;
+        if does(middle) { yes = middle } else { no = middle }
+    }
+    Some(yes)
+}

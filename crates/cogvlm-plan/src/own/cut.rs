@@ -1,0 +1,291 @@
+//! Where the chain of units is cut. Each search is exact for its own objective: dynamic programming over the units and
+//! the cards in the order of their ordinals.
+
+use std::ops::Range;
+
+use cogvlm_core::Device;
+
+use super::Planner;
+use super::pack::{Packed, Share};
+
+/// Who executes what: a share for every card, and the units that the host executes. Text units start on the host, so
+/// that hidden states cross to a card once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Cut {
+    pub(crate) shares: Vec<Share>,
+    pub(crate) host: Range<usize>,
+}
+
+/// What a cut of the text units should be good at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TextRule {
+    /// No hot weight off its card, and the slowest card's decode step as fast as possible.
+    Even,
+    /// One decode step through all cards as fast as possible, hot weights streamed where they must be.
+    Fast,
+}
+
+/// What a cut of the vision tower should be good at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum VisionRule {
+    /// The time of one image through all cards.
+    OneImage,
+    /// The time of the slowest card, which is what many images take.
+    ManyImages,
+}
+
+/// What resident weights may take of every card, and what work a card may have.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Caps {
+    /// Bytes that stay free on every card that is used.
+    pub(crate) free_bytes: u64,
+    /// Bytes that a card reads for a decode step.
+    pub(crate) step_bytes: u64,
+    /// Arithmetic of a card for an image prefill.
+    pub(crate) image_flops: f64,
+}
+
+impl Caps {
+    pub(crate) const NONE: Self = Self { free_bytes: 0, step_bytes: u64::MAX, image_flops: f64::INFINITY };
+}
+
+/// A cost to minimise, then one to choose among equals.
+type Cost = (f64, f64);
+
+/// The best cuts of the text units from every unit on.
+pub(crate) struct TextCuts {
+    /// For each card of `cards`, then past the last: for each first unit the cost of the rest, and where the card stops.
+    best: Vec<Vec<Option<(Cost, usize)>>>,
+    cards: Vec<usize>,
+    vision_on: usize,
+    first: usize,
+    num_cards: usize,
+    vision: Range<usize>,
+}
+
+impl TextCuts {
+    /// The best cut in which the host executes the first `num_host` text units: its cost and the cut.
+    pub(crate) fn after_host(&self, num_host: usize) -> Option<(f64, Cut)> {
+        let (cost, _) = self.best[0][num_host]?;
+        let mut shares = vec![Share::NONE; self.num_cards];
+        let mut start = num_host;
+        for (position, &card) in self.cards.iter().enumerate() {
+            let (_, end) = self.best[position][start]?;
+            shares[card].text = self.first + start..self.first + end;
+            start = end;
+        }
+        shares[self.vision_on].vision = self.vision.clone();
+        Some((cost.0, Cut { shares, host: self.first..self.first + num_host }))
+    }
+}
+
+impl Planner<'_> {
+    /// Cuts the text units over `cards` (indices in ascending order), with the whole vision tower on card `vision_on`.
+    pub(crate) fn cut_text(&self, cards: &[usize], vision_on: usize, rule: TextRule, with_table: bool) -> Option<TextCuts> {
+        let (first, num_units) = (self.sizes.num_vision, self.sizes.num_text());
+        let vision = 0..first;
+        let share = |card: usize, text: Range<usize>| Share {
+            vision: if card == vision_on { vision.clone() } else { 0..0 },
+            text: first + text.start..first + text.end,
+        };
+        // A tower that does not even fit by itself fits nowhere.
+        self.pack(vision_on, &share(vision_on, 0..0), with_table)?;
+        let mut best = vec![vec![None; num_units + 1]; cards.len() + 1];
+        best[cards.len()][num_units] = Some(((0.0, 0.0), num_units));
+        for (position, &card) in cards.iter().enumerate().rev() {
+            for start in 0..=num_units {
+                // From the longest share down, so that equal cuts leave the later cards empty.
+                for end in (start..=num_units).rev() {
+                    // The embedding stays with the first layer: alone it would only add a hop.
+                    let Some((rest, _)) = best[position + 1][end] else { continue };
+                    if (start, end) == (0, 1) {
+                        continue;
+                    }
+                    let share = share(card, start..end);
+                    let Some(packed) = self.pack(card, &share, with_table) else { continue };
+                    let Some(cost) = self.text_cost(rule, &share, &packed) else { continue };
+                    let total = match rule {
+                        TextRule::Even => (cost.max(rest.0), cost * cost + rest.1),
+                        TextRule::Fast => (cost + rest.0, cost * cost + rest.1),
+                    };
+                    if best[position][start].is_none_or(|(known, _): (Cost, usize)| less(total, known)) {
+                        best[position][start] = Some((total, end));
+                    }
+                }
+            }
+        }
+        Some(TextCuts { best, cards: cards.to_vec(), vision_on, first, num_cards: self.cards.len(), vision })
+    }
+
+    /// Seconds of a decode step of the planned batch; `None` where the rule does not allow it.
+    fn text_cost(&self, rule: TextRule, share: &Share, packed: &Packed) -> Option<f64> {
+        if share.text.is_empty() {
+            return Some(0.0);
+        }
+        if rule == TextRule::Even && packed.hot_off > 0 {
+            return None;
+        }
+        let rates = &self.request.rates;
+        let read = self.step_bytes(&share.text) - packed.hot_off;
+        let seconds = read as f64 / rates.device_bytes_per_s + packed.hot_off as f64 / rates.host_link_bytes_per_s;
+        Some(if rule == TextRule::Fast { seconds + rates.hop_s } else { seconds })
+    }
+
+    /// Bytes that a decode step of the planned batch reads in `text`.
+    pub(crate) fn step_bytes(&self, text: &Range<usize>) -> u64 {
+        self.sizes.hot_bytes(text) + self.sizes.norm_bytes(text) + self.sizes.kv_bytes(text)
+    }
+
+    /// Cuts the vision tower over all cards where the text units are already cut, without pushing hot weights off any
+    /// card.
+    pub(crate) fn cut_vision(&self, cut: &Cut, rule: VisionRule, with_table: bool) -> Option<Cut> {
+        let num_units = self.sizes.num_vision;
+        let num_cards = self.cards.len();
+        let mut best: Vec<Vec<Option<(Cost, usize)>>> = vec![vec![None; num_units + 1]; num_cards + 1];
+        best[num_cards][num_units] = Some(((0.0, 0.0), num_units));
+        for card in (0..num_cards).rev() {
+            for start in 0..=num_units {
+                for end in (start..=num_units).rev() {
+                    let Some((rest, _)) = best[card + 1][end] else { continue };
+                    let share = Share { vision: start..end, text: cut.shares[card].text.clone() };
+                    let Some(packed) = self.pack(card, &share, with_table).filter(|packed| packed.hot_off == 0) else {
+                        continue;
+                    };
+                    let seconds = self.image_seconds(&share, &packed);
+                    let hop = if start < end { self.request.rates.hop_s } else { 0.0 };
+                    let total = match rule {
+                        VisionRule::OneImage => (seconds + hop + rest.0, rest.1),
+                        VisionRule::ManyImages => (seconds.max(rest.0), hop + rest.1),
+                    };
+                    if best[card][start].is_none_or(|(known, _)| less(total, known)) {
+                        best[card][start] = Some((total, end));
+                    }
+                }
+            }
+        }
+        let mut cut = cut.clone();
+        let mut start = 0;
+        for (share, best) in cut.shares.iter_mut().zip(&best) {
+            let (_, end) = best[start]?;
+            share.vision = start..end;
+            start = end;
+        }
+        Some(cut)
+    }
+
+    fn image_seconds(&self, share: &Share, packed: &Packed) -> f64 {
+        let flops = self.sizes.prefill_flops(&share.vision) + self.sizes.prefill_flops(&share.text);
+        let copied = (packed.hot_off + packed.cold_off) as f64;
+        (flops / self.request.rates.device_flops_per_s).max(copied / self.request.rates.host_link_bytes_per_s)
+    }
+
+    /// Cuts both the vision tower and the text units so that every weight rests where it is used and no card exceeds
+    /// `caps`. Greedy over the frontier of what the first cards can hold: having more units behind them never hurts
+    /// the cards that follow.
+    pub(crate) fn cut_resident(&self, caps: &Caps) -> Option<Cut> {
+        /// The first cards hold `vision` and `text` units; `from` is the point of the previous frontier.
+        #[derive(Clone, Copy)]
+        struct Point {
+            vision: usize,
+            text: usize,
+            from: usize,
+        }
+        let (num_vision, num_text) = (self.sizes.num_vision, self.sizes.num_text());
+        let mut frontiers = vec![vec![Point { vision: 0, text: 0, from: 0 }]];
+        for card in 0..self.cards.len() {
+            let last = card + 1 == self.cards.len();
+            // For each number of vision units the most text units, and where from.
+            let mut furthest: Vec<Option<(usize, usize)>> = vec![None; num_vision + 1];
+            for (from, point) in frontiers[card].iter().enumerate() {
+                let mut text = num_text;
+                for vision in point.vision..=num_vision {
+                    while text > point.text && !self.holds(card, point.vision..vision, point.text..text, caps) {
+                        text -= 1;
+                    }
+                    if text == point.text && !self.holds(card, point.vision..vision, text..text, caps) {
+                        break;
+                    }
+                    if furthest[vision].is_none_or(|(known, _)| text > known) {
+                        furthest[vision] = Some((text, from));
+                    }
+                    if last && (vision, text) == (num_vision, num_text) {
+                        break;
+                    }
+                }
+            }
+            let mut frontier = Vec::new();
+            let mut most_text = None;
+            for (vision, reached) in furthest.into_iter().enumerate().rev() {
+                if let Some((text, from)) = reached.filter(|(text, _)| most_text.is_none_or(|most| *text > most)) {
+                    most_text = Some(text);
+                    frontier.push(Point { vision, text, from });
+                }
+            }
+            frontiers.push(frontier);
+        }
+        let mut shares = vec![Share::NONE; self.cards.len()];
+        let mut at = frontiers.last()?.iter().position(|point| (point.vision, point.text) == (num_vision, num_text))?;
+        for card in (0..self.cards.len()).rev() {
+            let end = frontiers[card + 1][at];
+            let start = frontiers[card][end.from];
+            shares[card] =
+                Share { vision: start.vision..end.vision, text: num_vision + start.text..num_vision + end.text };
+            at = end.from;
+        }
+        Some(Cut { shares, host: num_vision..num_vision })
+    }
+
+    fn holds(&self, card: usize, vision: Range<usize>, text: Range<usize>, caps: &Caps) -> bool {
+        // The embedding stays with the first layer.
+        if text == (0..1) {
+            return false;
+        }
+        let text = self.sizes.num_vision + text.start..self.sizes.num_vision + text.end;
+        let share = Share { vision, text };
+        share.is_empty()
+            || self.step_bytes(&share.text) <= caps.step_bytes
+                && self.resident_bytes(&share).saturating_add(caps.free_bytes) <= self.cards[card].capacity
+                && self.sizes.prefill_flops(&share.vision) + self.sizes.prefill_flops(&share.text) <= caps.image_flops
+    }
+
+    /// Everything that a card holds which executes `share` and keeps all its weights; without the reserve.
+    pub(crate) fn resident_bytes(&self, share: &Share) -> u64 {
+        let (sizes, Share { vision, text }) = (&self.sizes, share);
+        let table = if text.contains(&sizes.num_vision) { sizes.table_bytes } else { 0 };
+        let weights = sizes.norm_bytes(text) + sizes.hot_bytes(text) + sizes.cold_bytes(text) + sizes.cold_bytes(vision);
+        weights + table + sizes.kv_bytes(text) + sizes.workspace_bytes(vision, text)
+    }
+
+    /// [`Sizes::pack`](super::sizes::Sizes::pack) on a card; nothing fits easily where nothing is asked.
+    pub(crate) fn pack(&self, card: usize, share: &Share, with_table: bool) -> Option<Packed> {
+        let capacity = self.cards[card].capacity;
+        if share.is_empty() {
+            return Some(Packed { hot_off: 0, cold_off: 0, free: capacity });
+        }
+        self.sizes.pack(capacity, share, with_table)
+    }
+
+    /// Seconds that the host takes for a decode step of the planned batch through `text`.
+    pub(crate) fn host_step_seconds(&self, text: &Range<usize>) -> f64 {
+        let batch = self.sizes.limits.max_sequences as f64;
+        let (bandwidth, arithmetic) = crate::account::rates_of(&self.request.rates, Device::Cpu);
+        let hot = (self.sizes.hot_bytes(text) + self.sizes.norm_bytes(text)) as f64;
+        let elements = hot / self.sizes.weight_dtype.size_bytes() as f64;
+        let reads = (hot + self.sizes.kv_bytes(text) as f64) / bandwidth;
+        reads.max(2.0 * elements * batch / arithmetic) + if text.is_empty() { 0.0 } else { self.request.rates.hop_s }
+    }
+
+    /// Largest unit with all that it needs beside workspace: the grain of every cut.
+    pub(crate) fn grain_bytes(&self) -> u64 {
+        let unit_bytes = |unit: usize| {
+            let units = unit..unit + 1;
+            let groups = &self.sizes.groups[self.sizes.groups_of[unit].clone()];
+            groups.iter().map(|group| group.bytes).sum::<u64>() + self.sizes.kv_bytes(&units)
+        };
+        (0..self.sizes.units.len()).map(unit_bytes).max().unwrap_or(0)
+    }
+}
+
+fn less(a: Cost, b: Cost) -> bool {
+    a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)).is_lt()
+}

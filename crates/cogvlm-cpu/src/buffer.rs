@@ -1,0 +1,168 @@
+//! Buffers, and rows on their way to another device.
+
+use std::ops::Range;
+
+use cogvlm_backend::{Arena, BackendError};
+use cogvlm_core::DType;
+
+use crate::element::Element;
+use crate::memory::Memory;
+use crate::shape::{expect, unsupported};
+
+/// A row-major array of f32 or bf16.
+pub struct CpuBuffer {
+    memory: Memory,
+    dtype: DType,
+    rows: usize,
+    columns: usize,
+}
+
+/// Rows copied out of a buffer, as the bytes they were.
+pub struct CpuParcel {
+    bytes: Vec<u8>,
+    dtype: DType,
+    rows: usize,
+    columns: usize,
+}
+
+impl CpuBuffer {
+    /// Takes a zeroed buffer from `arena`.
+    pub(crate) fn take(
+        arena: &Arena,
+        what: &str,
+        dtype: DType,
+        [rows, columns]: [usize; 2],
+    ) -> Result<Self, BackendError> {
+        if dtype == DType::F16 {
+            return Err(unsupported("alloc", format!("{what} cannot be f16: activations are f32 or bf16")));
+        }
+        let num_bytes = rows.checked_mul(columns).and_then(|count| count.checked_mul(dtype.size_bytes()));
+        let num_bytes =
+            num_bytes.ok_or_else(|| unsupported("alloc", format!("{what} of [{rows}, {columns}] is too large")))?;
+        Ok(Self { memory: Memory::take(arena, what, num_bytes)?, dtype, rows, columns })
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    pub(crate) fn shape(&self) -> [usize; 2] {
+        [self.rows, self.columns]
+    }
+
+    /// Its elements; an error where it holds another type.
+    pub(crate) fn view<T: Element>(&self, op: &'static str, argument: &'static str) -> Result<&[T], BackendError> {
+        self.check_type::<T>(op, argument)?;
+        Ok(self.memory.slice())
+    }
+
+    /// Its elements; an error where it holds another type.
+    pub(crate) fn view_mut<T: Element>(
+        &mut self,
+        op: &'static str,
+        argument: &'static str,
+    ) -> Result<&mut [T], BackendError> {
+        self.check_type::<T>(op, argument)?;
+        Ok(self.memory.slice_mut())
+    }
+
+    fn check_type<T: Element>(&self, op: &'static str, argument: &'static str) -> Result<(), BackendError> {
+        if self.dtype != T::DTYPE {
+            return Err(unsupported(
+                op,
+                format!("`{argument}` holds {}, the operation needs {}", self.dtype, T::DTYPE),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Copies `values` into rows `first_row..`, rounded.
+    pub(crate) fn write(&mut self, values: &[f32], first_row: usize) -> Result<(), BackendError> {
+        let columns = self.columns;
+        let fits = values.len() <= self.rows.saturating_sub(first_row) * columns
+            && (values.is_empty() || values.len().is_multiple_of(columns.max(1)));
+        expect("write", "values", &[values.len()], fits, || {
+            format!(
+                "whole rows of {columns}, at most {} of them from row {first_row}",
+                self.rows.saturating_sub(first_row)
+            )
+        })?;
+        if values.is_empty() {
+            return Ok(());
+        }
+        fn fill<T: Element>(values: &[f32], target: &mut [T]) {
+            target.iter_mut().zip(values).for_each(|(to, &from)| *to = T::of(from));
+        }
+        match self.dtype {
+            DType::F32 => fill::<f32>(values, &mut self.memory.slice_mut()[first_row * columns..]),
+            _ => fill::<half::bf16>(values, &mut self.memory.slice_mut()[first_row * columns..]),
+        }
+        Ok(())
+    }
+
+    /// The given rows as f32.
+    pub(crate) fn read(&self, rows: Range<usize>) -> Result<Vec<f32>, BackendError> {
+        let span = self.span("read", &rows)?;
+        Ok(match self.dtype {
+            DType::F32 => self.memory.slice::<f32>()[span].to_vec(),
+            _ => self.memory.slice::<half::bf16>()[span].iter().map(|value| value.get()).collect(),
+        })
+    }
+
+    /// Takes rows along.
+    pub(crate) fn send(&self, rows: Range<usize>) -> Result<CpuParcel, BackendError> {
+        let span = self.span("send", &rows)?;
+        let size = self.dtype.size_bytes();
+        let bytes = self.memory.slice::<u8>()[span.start * size..span.end * size].to_vec();
+        Ok(CpuParcel { bytes, dtype: self.dtype, rows: rows.len(), columns: self.columns })
+    }
+
+    /// Unpacks rows.
+    pub(crate) fn receive(&mut self, parcel: &CpuParcel, first_row: usize) -> Result<(), BackendError> {
+        let CpuParcel { bytes, dtype, rows, columns } = parcel;
+        self.accept("receive", *dtype, [*rows, *columns], bytes, first_row)
+    }
+
+    /// Copies rows of `source`.
+    pub(crate) fn copy_rows(
+        &mut self,
+        source: &Self,
+        rows: Range<usize>,
+        first_row: usize,
+    ) -> Result<(), BackendError> {
+        let span = source.span("copy_rows", &rows)?;
+        let size = source.dtype.size_bytes();
+        let bytes = &source.memory.slice::<u8>()[span.start * size..span.end * size];
+        self.accept("copy_rows", source.dtype, [rows.len(), source.columns], bytes, first_row)
+    }
+
+    fn accept(
+        &mut self,
+        op: &'static str,
+        dtype: DType,
+        shape: [usize; 2],
+        bytes: &[u8],
+        first_row: usize,
+    ) -> Result<(), BackendError> {
+        if dtype != self.dtype {
+            return Err(unsupported(op, format!("rows of {dtype} cannot go into a buffer of {}", self.dtype)));
+        }
+        let fits = shape[1] == self.columns && first_row <= self.rows && shape[0] <= self.rows - first_row;
+        expect(op, "rows", &shape, fits, || {
+            format!("at most [{}, {}] from row {first_row}", self.rows.saturating_sub(first_row), self.columns)
+        })?;
+        let start = first_row * self.columns * self.dtype.size_bytes();
+        self.memory.slice_mut::<u8>()[start..start + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn span(&self, op: &'static str, rows: &Range<usize>) -> Result<Range<usize>, BackendError> {
+        let fits = rows.start <= rows.end && rows.end <= self.rows;
+        expect(op, "rows", &[rows.start, rows.end], fits, || format!("a range within {} rows", self.rows))?;
+        Ok(rows.start * self.columns..rows.end * self.columns)
+    }
+}

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use cogvlm_core::DType;
 use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 
 use crate::error::printable;
@@ -308,6 +309,27 @@ impl RawEntry {
     }
 }
 
+/// An entry written as an object; derived code would take an array of its values too.
+struct EntryObject(RawEntry);
+
+impl<'de> Deserialize<'de> for EntryObject {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct EntryVisitor;
+        impl<'de> Visitor<'de> for EntryVisitor {
+            type Value = EntryObject;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object with `dtype`, `shape` and `data_offsets`")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<EntryObject, A::Error> {
+                RawEntry::deserialize(MapAccessDeserializer::new(map)).map(EntryObject)
+            }
+        }
+        deserializer.deserialize_map(EntryVisitor)
+    }
+}
+
 /// The header as it stands in the file, duplicates included: `serde_json::Map` would keep the last of them silently.
 struct RawHeader {
     tensors: Vec<(String, RawEntry)>,
@@ -332,7 +354,7 @@ impl<'de> Deserialize<'de> for RawHeader {
                         header.metadata = Some(map.next_value::<Pairs<String>>()?.0);
                         header.num_metadata += 1;
                     } else {
-                        header.tensors.push((name, map.next_value()?));
+                        header.tensors.push((name, map.next_value::<EntryObject>()?.0));
                     }
                 }
                 Ok(header)

@@ -6,6 +6,7 @@ pub mod accelerate;
 mod error;
 mod own;
 pub mod plan;
+pub mod requests;
 
 pub use error::{Change, PlanError};
 pub use own::plan;

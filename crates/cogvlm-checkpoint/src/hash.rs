@@ -11,7 +11,7 @@ use crate::error::CheckpointError;
 use crate::monitor::{Meter, Monitor};
 use crate::source::{ModelSource, Piece, pieces};
 
-/// Bytes read and hashed at a time; half a second of hashing even without SHA instructions would be 100 times this.
+/// Bytes read and hashed at a time: milliseconds of work between two looks at the cancel flag.
 const CHUNK_BYTES: usize = 2 << 20;
 /// Bytes that [`digest`] reads ahead of its hash.
 const BATCH_BYTES: usize = 32 << 20;

@@ -10,6 +10,17 @@
 //! | hash weights | [`hash_files`], [`hash_tensors`], [`digest`] |
 //! | read a safetensors header | [`parse_header`] |
 //!
+//! ```
+//! use cogvlm_checkpoint::ModelSource;
+//!
+//! let model = ModelSource::open("tiny@11")?;
+//! let norm = model.info("model.norm.weight")?;
+//! assert_eq!((norm.spec.shape.as_slice(), norm.num_bytes()), (&[128][..], 256));
+//! let mut bytes = vec![0; norm.num_bytes()];
+//! model.read_into("model.norm.weight", &mut bytes)?;
+//! # Ok::<_, Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # The one invariant that code cannot check
 //! A checkpoint is mapped, so nobody may rewrite or truncate its files while it is open: the bytes of a
 //! [`MappedTensor`] would change under their reader, and reading past the new end of a file ends the process with

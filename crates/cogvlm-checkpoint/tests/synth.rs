@@ -307,6 +307,18 @@ fn names_and_seeds_are_checked() {
         refused("cogvlm2-19b@1"),
         "`cogvlm2-19b` is a CogVLM2 model, for which no synthetic weights are defined; it can be planned only"
     );
+    assert_eq!(refused("cogvlm2-19b"), refused("cogvlm2-19b@1"));
+    for (key, value) in [
+        ("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 16000000"),
+        ("\"vocab_size\": 16", "\"vocab_size\": 16000000"),
+    ] {
+        let json = NANO.replace(key, value).replace("\"hidden_size\": 8,", "\"hidden_size\": 8000000,");
+        assert_ne!(json, NANO);
+        assert_eq!(
+            SyntheticModel::from_config_json("vast", &json, 1).unwrap_err().to_string(),
+            "`vast` describes a model of more than 10000 layers, or a tensor of more than 2^40 elements"
+        );
+    }
     assert_eq!(SyntheticModel::parse("tiny@18446744073709551615").unwrap().seed(), u64::MAX);
     assert_eq!(
         ModelSource::open("no/such/dir@1").unwrap_err().to_string(),

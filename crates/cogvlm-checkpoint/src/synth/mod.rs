@@ -8,13 +8,16 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use cogvlm_core::config::{ConfigError, built_in_json, built_in_names};
-use cogvlm_core::{DType, ModelConfig, ModelSpec, tensor_inventory};
+use cogvlm_core::{DType, ModelConfig, ModelSpec, TensorSpec, tensor_inventory};
 
 pub use write::{DEFAULT_MAX_SHARD_BYTES, Written, parse_shard_size, write_checkpoint};
 
 use crate::monitor::Cancelled;
 use crate::table::{TensorInfo, TensorTable};
 use rule::Rule;
+
+/// Far above every model of this kind; keeps an absurd configuration from filling the memory with names.
+const MAX_LAYERS: usize = 10_000;
 
 /// A configuration with the synthetic weights of a seed. All tensors are bf16; any range of any of them can be made, in
 /// any order, on any number of threads.
@@ -70,6 +73,12 @@ pub enum SynthError {
         /// Its name.
         name: String,
     },
+    /// Sizes that no machine could hold.
+    #[error("`{name}` describes a model of more than {MAX_LAYERS} layers, or a tensor of more than 2^40 elements")]
+    TooLarge {
+        /// Its name.
+        name: String,
+    },
     /// The directory to write holds something else.
     #[error("`{}` is not empty and is not the checkpoint to write: {reason}; choose another directory", dir.display())]
     NotEmpty {
@@ -104,10 +113,9 @@ impl SyntheticModel {
     /// Where the seed is absent or no number, or NAME is no built-in configuration or one without synthetic weights.
     pub fn parse(model: &str) -> Result<Self, SynthError> {
         let Some((name, seed)) = model.split_once('@') else {
-            return Err(match ModelConfig::built_in(model) {
-                Some(_) => SynthError::NoSeed { name: model.to_owned() },
-                None => unknown_name(model),
-            });
+            return Err(
+                Self::built_in(model, 1).map_or_else(|error| error, |_| SynthError::NoSeed { name: model.to_owned() })
+            );
         };
         let parsed = match seed.strip_prefix("0x") {
             Some(digits) => u64::from_str_radix(digits, 16),
@@ -129,14 +137,18 @@ impl SyntheticModel {
     /// The model that the text of a `config.json` describes, with the weights of `seed`; `name` is for messages.
     ///
     /// # Errors
-    /// [`SynthError::Config`], [`SynthError::NotDefined`].
+    /// [`SynthError::Config`], [`SynthError::NotDefined`], [`SynthError::TooLarge`].
     pub fn from_config_json(name: &str, config_json: &str, seed: u64) -> Result<Self, SynthError> {
         let config = ModelConfig::from_json(config_json)?;
         let spec = config.resolve()?;
         if spec.grouped_kv {
             return Err(SynthError::NotDefined { name: name.to_owned() });
         }
-        let inventory = tensor_inventory(&spec);
+        let num_layers = spec.num_layers + spec.vision.num_layers;
+        let inventory = if num_layers > MAX_LAYERS { Vec::new() } else { tensor_inventory(&spec) };
+        if inventory.is_empty() || !inventory.iter().all(has_plausible_size) {
+            return Err(SynthError::TooLarge { name: name.to_owned() });
+        }
         let rules = inventory.iter().map(|tensor| Rule::of_tensor(tensor, &spec, seed)).collect();
         let table =
             TensorTable::new(inventory.into_iter().map(|spec| TensorInfo { spec, dtype: DType::Bf16 }).collect());
@@ -181,6 +193,11 @@ impl SyntheticModel {
     pub(crate) fn fill(&self, tensor: usize, elements: Range<usize>, dst: &mut [u8]) {
         self.rules[tensor].fill(elements.start as u64, dst);
     }
+}
+
+fn has_plausible_size(tensor: &TensorSpec) -> bool {
+    let num_elements = tensor.shape.iter().try_fold(1_usize, |product, &size| product.checked_mul(size));
+    num_elements.is_some_and(|num_elements| num_elements <= 1 << 40)
 }
 
 fn unknown_name(name: &str) -> SynthError {

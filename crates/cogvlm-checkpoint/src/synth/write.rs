@@ -23,8 +23,8 @@ pub const DEFAULT_MAX_SHARD_BYTES: u64 = 5_000_000_000;
 /// Bytes that are made and written at a time: they fit the second-level cache between the two.
 const CHUNK_BYTES: usize = 1 << 20;
 /// Bytes of a file after which it is flushed. Without that the kernel hoards gigabytes, and a cancelled job would wait
-/// for all of them.
-const FLUSH_BYTES: u64 = 256 << 20;
+/// for all of them to reach the disk.
+const FLUSH_BYTES: u64 = 64 << 20;
 
 /// What [`write_checkpoint`] did.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -10,6 +10,7 @@ mod load;
 mod ranks;
 mod request;
 mod scheduler;
+mod source;
 
 pub use blocks::{BlockLease, BlockPool};
 pub use engine::{Engine, EngineError, Event, StepKind, StepReport};

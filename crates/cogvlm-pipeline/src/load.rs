@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use cogvlm_backend::{Backend, BackendError, HostReadError, HostWeight, RopeMode, rope};
+use cogvlm_backend::{Backend, BackendError, HostReadError, HostTensor, HostWeight, RopeMode, rope};
 use cogvlm_core::{DType, Device, ModelSpec, TensorSpec, Unit, WeightGroup};
 use cogvlm_model::{GroupKey, GroupSource, Rank, RankSpec, SourceTensor, Weights};
 use cogvlm_plan::plan::{DevicePlan, Plan, Residency, STAGING_ALIGN, STAGING_SLOTS, TensorPlacement};
@@ -190,7 +190,16 @@ fn place_tensor<B: Backend>(
 ) -> Result<PlacedTensor<B::Weight>, LoadError> {
     let TensorPlacement { tensor, executes_on, residency, bytes } = placement;
     let missing = || LoadError::Missing { tensor: tensor.name.clone() };
-    let weight = source.weight(tensor).ok_or_else(missing)?;
+    let mut weight = source.weight(tensor).ok_or_else(missing)?;
+    // Weights that rest in host memory are there as they are mapped; those of a synthetic model are made once.
+    let rests_in_host_memory = *residency == Residency::Host || tensor.unit == Unit::Embedding;
+    if rests_in_host_memory
+        && *executes_on != Device::Cpu
+        && *residency != Residency::Device
+        && weight.mapped().is_none()
+    {
+        weight = Arc::new(MadeTensor::make(&*weight)?);
+    }
     let device = rests_on(placement);
     let backend = backends.get(&device).expect("plans list every device that holds a tensor");
     let failed = |source| LoadError::Tensor { tensor: tensor.name.clone(), device, source };
@@ -206,6 +215,59 @@ fn place_tensor<B: Backend>(
     };
     let (unit, group) = (tensor.unit, tensor.group);
     Ok(PlacedTensor { unit, group, executes_on: *executes_on, bytes: *bytes, place })
+}
+
+/// A weight without a file, held in host memory.
+struct MadeTensor {
+    name: String,
+    dtype: DType,
+    shape: Vec<usize>,
+    /// Its bytes, in words so that they are aligned for every element type; the last word may be longer than needed.
+    words: Vec<u64>,
+    num_bytes: usize,
+}
+
+impl MadeTensor {
+    fn make(weight: &dyn HostTensor) -> Result<Self, HostReadError> {
+        let num_elements: usize = weight.shape().iter().product();
+        let num_bytes = num_elements * weight.dtype().size_bytes();
+        let mut words = vec![0_u64; num_bytes.div_ceil(8)];
+        weight.read_into(&mut bytemuck::cast_slice_mut(&mut words)[..num_bytes])?;
+        Ok(Self {
+            name: weight.name().to_owned(),
+            dtype: weight.dtype(),
+            shape: weight.shape().to_vec(),
+            words,
+            num_bytes,
+        })
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.words)[..self.num_bytes]
+    }
+}
+
+impl HostTensor for MadeTensor {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn mapped(&self) -> Option<&[u8]> {
+        Some(self.bytes())
+    }
+
+    fn read_into(&self, destination: &mut [u8]) -> Result<(), HostReadError> {
+        destination.copy_from_slice(self.bytes());
+        Ok(())
+    }
 }
 
 /// A group is resident if all of it is; else all of it goes through the staging ring.
@@ -242,7 +304,7 @@ fn inv_freq(spec: &ModelSpec, source: &dyn WeightSource) -> Result<Vec<f32>, Loa
     Ok(first.unwrap_or_else(|| rope::inv_freq(spec.head_dim)))
 }
 
-fn read_f32(weight: &dyn cogvlm_backend::HostTensor) -> Result<Vec<f32>, HostReadError> {
+fn read_f32(weight: &dyn HostTensor) -> Result<Vec<f32>, HostReadError> {
     let num_elements: usize = weight.shape().iter().product();
     let mut bytes = vec![0; num_elements * weight.dtype().size_bytes()];
     weight.read_into(&mut bytes)?;

@@ -52,11 +52,12 @@ pub struct Request {
 }
 
 /// Why an answer ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum FinishReason {
     /// The end-of-sequence token was chosen, or the caller saw a stop string.
     Stop,
     /// As many tokens as asked for, or the context is full.
+    #[default]
     Length,
 }
 

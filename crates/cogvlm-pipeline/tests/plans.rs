@@ -1,0 +1,300 @@
+//! One backend gives the same bits whatever the plan: one rank, several, weights resident, streamed or on a peer.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use cogvlm_backend::{RopeMode, SamplingParams};
+use cogvlm_checkpoint::ModelSource;
+use cogvlm_core::tokens::TokenLayout;
+use cogvlm_core::workspace::StepLimits;
+use cogvlm_core::{DType, Device};
+use cogvlm_cpu::CpuBackend;
+use cogvlm_pipeline::{Engine, Event, FinishReason, Image, Request, RequestId, load_plan};
+use cogvlm_plan::plan;
+use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates, Residency};
+
+const MIB: u64 = 1 << 20;
+
+fn source() -> ModelSource {
+    ModelSource::open("tiny@11").unwrap()
+}
+
+fn plan_for(
+    source: &ModelSource,
+    budgets: &[(Device, u64)],
+    policy: Policy,
+    limits: StepLimits,
+    activations: DType,
+) -> Plan {
+    let budgets = budgets.iter().map(|&(device, bytes)| DeviceBudget { device, bytes }).collect();
+    plan(&PlanRequest {
+        model: "tiny@11".to_owned(),
+        spec: source.spec().clone(),
+        weight_dtype: DType::Bf16,
+        activation_dtype: activations,
+        budgets,
+        policy,
+        limits,
+        reserve_bytes: 0,
+        rates: Rates::default(),
+    })
+    .unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn engine(source: &ModelSource, plan: &Plan, activations: DType, num_threads: usize) -> Engine<CpuBackend> {
+    let threads = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(num_threads).build().unwrap());
+    let make = |device: &DevicePlan| {
+        let capacity = device.used_bytes() - device.reserved_bytes;
+        CpuBackend::new(device.device, capacity, activations, Arc::clone(&threads))
+    };
+    let ranks = load_plan(plan, source.spec(), source, RopeMode::Float32, &make, &|_, _| ()).unwrap();
+    Engine::new(source.spec().clone(), plan.limits, ranks)
+}
+
+fn image(source: &ModelSource, seed: usize) -> Image {
+    let size = source.spec().vision.image_size;
+    Image { pixels: (0..3 * size * size).map(|index| ((index * 37 + seed) % 101) as f32 / 50.0 - 1.0).collect() }
+}
+
+fn request(source: &ModelSource, text: &[u32], image: Option<Image>, num_new: usize) -> Request {
+    Request {
+        layout: TokenLayout::new(source.spec(), image.is_some(), text),
+        image,
+        params: SamplingParams::default(),
+        max_new_tokens: num_new,
+        ignore_eos: true,
+        forced: None,
+        want_logits: true,
+        capture: false,
+        prefix: None,
+        keep_cache: false,
+    }
+}
+
+/// Tokens and logits of every request, in order of submission.
+fn answers(engine: &mut Engine<CpuBackend>, requests: Vec<Request>) -> Vec<Vec<(u32, Vec<f32>)>> {
+    let order: Vec<RequestId> = requests.into_iter().map(|request| engine.submit(request).unwrap()).collect();
+    let mut answers = vec![Vec::new(); order.len()];
+    while let Some(report) = engine.step().unwrap() {
+        for event in report.events {
+            if let Event::Token { request, id, logits } = event {
+                let index = order.iter().position(|known| *known == request).unwrap();
+                answers[index].push((id, logits.unwrap()));
+            }
+        }
+    }
+    answers
+}
+
+fn three_requests(source: &ModelSource) -> Vec<Request> {
+    vec![
+        request(source, &[1000, 2000, 3000], Some(image(source, 1)), 5),
+        request(source, &[17, 18, 19, 20, 21, 22, 23, 24, 25], None, 7),
+        request(source, &[], Some(image(source, 2)), 3),
+    ]
+}
+
+#[test]
+fn logits_do_not_depend_on_the_plan() {
+    use Device::{Cpu, Disk, Gpu};
+    let source = source();
+    let limits = StepLimits::new(64, 3);
+    for activations in [DType::F32, DType::Bf16] {
+        let plans: &[(&str, &[(Device, u64)], Policy)] = &[
+            ("one rank", &[(Gpu(0), 64 * MIB)], Policy::Balanced),
+            ("two ranks", &[(Gpu(0), 16 * MIB), (Gpu(1), 16 * MIB)], Policy::Balanced),
+            (
+                "four ranks",
+                &[(Gpu(0), 14 * MIB), (Gpu(1), 14 * MIB), (Gpu(2), 14 * MIB), (Gpu(3), 14 * MIB)],
+                Policy::Throughput,
+            ),
+            ("hot on one, cold on the other", &[(Gpu(0), 15 * MIB), (Gpu(1), 15 * MIB)], Policy::Latency),
+            ("one rank and the host", &[(Gpu(0), 14 * MIB), (Cpu, 64 * MIB)], Policy::Latency),
+            ("two ranks and the host", &[(Gpu(0), 3 * MIB), (Gpu(1), 12 * MIB), (Cpu, 64 * MIB)], Policy::Throughput),
+            ("two ranks and the file", &[(Gpu(0), 3 * MIB), (Gpu(1), 12 * MIB), (Disk, 0)], Policy::Balanced),
+            ("the host alone", &[(Cpu, 64 * MIB)], Policy::Auto),
+        ];
+        let mut expected = None;
+        let mut seen = BTreeSet::new();
+        for (name, budgets, policy) in plans {
+            let plan = plan_for(&source, budgets, *policy, limits, activations);
+            seen.extend(plan.placements.iter().map(|placement| match placement.residency {
+                Residency::Device => "device",
+                Residency::Peer(_) => "peer",
+                Residency::Host => "host",
+                Residency::File => "file",
+            }));
+            for num_threads in [1, 2] {
+                let mut engine = engine(&source, &plan, activations, num_threads);
+                let found = answers(&mut engine, three_requests(&source));
+                let (free, all) = (engine.block_pool().num_free(), engine.block_pool().num_blocks());
+                assert_eq!(free, all, "{name}: blocks are left over");
+                for (device, memory) in engine.memory() {
+                    assert!(memory.peak <= memory.capacity, "{name}: rank {device}");
+                }
+                match &expected {
+                    None => expected = Some(found),
+                    Some(expected) => {
+                        assert!(found == *expected, "{name}, {num_threads} threads, {activations}: other logits")
+                    }
+                }
+            }
+        }
+        assert_eq!(seen, BTreeSet::from(["device", "peer", "host", "file"]), "a kind of residency was never run");
+    }
+}
+
+#[test]
+fn memory_in_use_is_what_the_plan_says() {
+    let source = source();
+    let limits = StepLimits::new(128, 2);
+    let budgets = [(Device::Gpu(0), 13 * MIB), (Device::Gpu(1), 11 * MIB), (Device::Cpu, 64 * MIB)];
+    let plan = plan_for(&source, &budgets, Policy::Balanced, limits, DType::Bf16);
+    let mut engine = engine(&source, &plan, DType::Bf16, 2);
+    answers(&mut engine, three_requests(&source));
+    for (device, memory) in engine.memory().into_iter().filter(|(device, _)| *device != Device::Cpu) {
+        let planned = plan.devices.iter().find(|planned| planned.device == device).unwrap();
+        let share = memory.peak as f64 / planned.used_bytes() as f64;
+        assert!(
+            (0.99..=1.0).contains(&share),
+            "rank {device} held {} of {} planned",
+            memory.peak,
+            planned.used_bytes()
+        );
+    }
+}
+
+#[test]
+fn a_kept_cache_gives_the_answer_of_a_fresh_start() {
+    let source = source();
+    let plan = plan_for(&source, &[(Device::Cpu, 256 * MIB)], Policy::Auto, StepLimits::new(256, 1), DType::F32);
+    let mut engine = engine(&source, &plan, DType::F32, 2);
+    let picture = image(&source, 3);
+    let first_text = [5, 6, 7, 8];
+    let first = Request { keep_cache: true, ..request(&source, &first_text, Some(picture.clone()), 4) };
+    engine.submit(first).unwrap();
+    let (mut prefix, mut said) = (None, Vec::new());
+    while let Some(report) = engine.step().unwrap() {
+        for event in report.events {
+            match event {
+                Event::Token { id, .. } => said.push(id),
+                Event::Finished { prefix: kept, reason, .. } => {
+                    assert_eq!(reason, FinishReason::Length);
+                    prefix = kept;
+                }
+            }
+        }
+    }
+    let prefix = prefix.expect("the cache was to be kept");
+    assert!(engine.block_pool().num_free() < engine.block_pool().num_blocks());
+    let second_text: Vec<u32> = first_text.iter().chain(&said).copied().chain([40, 41, 42]).collect();
+    let fresh = answers(&mut engine, vec![request(&source, &second_text, Some(picture.clone()), 4)]);
+    let resumed = Request { prefix: Some(prefix), ..request(&source, &second_text, Some(picture), 4) };
+    let id = engine.submit(resumed).unwrap();
+    let report = engine.step().unwrap().unwrap();
+    // BOS, image, four ids and three of the four said were cached; the last one said was never fed.
+    assert_eq!(report.num_rows, second_text.len() - 7);
+    let mut tokens = Vec::new();
+    let mut collect = |events: Vec<Event>| {
+        for event in events {
+            if let Event::Token { request, id: token, logits } = event {
+                assert_eq!(request, id);
+                tokens.push((token, logits.unwrap()));
+            }
+        }
+    };
+    collect(report.events);
+    while let Some(report) = engine.step().unwrap() {
+        collect(report.events);
+    }
+    for ((token, logits), (fresh_token, fresh_logits)) in tokens.iter().zip(&fresh[0]) {
+        assert_eq!(token, fresh_token);
+        let error = logits.iter().zip(fresh_logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        // Sums over other groups of rows: rounding only, on logits of about 10.
+        assert!(error < 1e-3, "{error}");
+    }
+    assert_eq!(engine.block_pool().num_free(), engine.block_pool().num_blocks());
+}
+
+#[test]
+fn another_image_is_not_taken_for_the_cached_one() {
+    let source = source();
+    let plan = plan_for(&source, &[(Device::Cpu, 256 * MIB)], Policy::Auto, StepLimits::new(64, 1), DType::F32);
+    let mut engine = engine(&source, &plan, DType::F32, 2);
+    let mut keep = |picture: usize, prefix| {
+        let request = request(&source, &[9, 10], Some(image(&source, picture)), 2);
+        engine.submit(Request { keep_cache: true, prefix, ..request }).unwrap();
+        let (mut rows, mut kept) = (0, None);
+        while let Some(report) = engine.step().unwrap() {
+            rows += report.num_rows;
+            for event in report.events {
+                if let Event::Finished { prefix, .. } = event {
+                    kept = prefix;
+                }
+            }
+        }
+        (rows, kept)
+    };
+    let prompt = source.spec().num_vision_tokens() + 3;
+    let (rows, prefix) = keep(1, None);
+    assert_eq!(rows, prompt + 1);
+    let (rows, prefix) = keep(1, prefix);
+    assert_eq!(rows, 2, "the same picture and text: the last token of the prompt, and one more");
+    let (rows, _) = keep(2, prefix);
+    assert_eq!(rows, prompt + 1, "another picture");
+}
+
+#[test]
+fn requests_that_cannot_be_answered_are_refused_and_leave_nothing_behind() {
+    let source = source();
+    let plan = plan_for(&source, &[(Device::Cpu, 256 * MIB)], Policy::Auto, StepLimits::new(32, 1), DType::F32);
+    let mut engine = engine(&source, &plan, DType::F32, 1);
+    let num_vision_tokens = source.spec().num_vision_tokens();
+    let good = || request(&source, &[1, 2], None, 1);
+    let with_image = || request(&source, &[1, 2], Some(image(&source, 1)), 1);
+    let refusals = [
+        (
+            request(&source, &[7; 40], None, 1),
+            "the prompt has 41 tokens, but the plan has room for 32 per sequence, answer included",
+        ),
+        (Request { max_new_tokens: 0, ..good() }, "at least one new token has to be asked for"),
+        (request(&source, &[32_000], None, 1), "token id 32000 is outside the model's vocabulary of 32000"),
+        (
+            Request { forced: Some(vec![1, 40_000]), ..good() },
+            "token id 40000 is outside the model's vocabulary of 32000",
+        ),
+        (
+            Request { image: None, ..with_image() },
+            &*format!("the prompt has {num_vision_tokens} vision tokens, but 0 are right without an image"),
+        ),
+        (
+            Request { image: Some(image(&source, 1)), ..good() },
+            &format!("the prompt has 0 vision tokens, but {num_vision_tokens} are right for one image after BOS"),
+        ),
+        (
+            Request { image: Some(Image { pixels: vec![0.0; 5].into() }), ..with_image() },
+            "the image has 5 values, but the model reads 9408",
+        ),
+    ];
+    for (request, message) in refusals {
+        assert_eq!(engine.submit(request).unwrap_err().to_string(), message);
+    }
+    assert!(engine.is_idle());
+    assert_eq!(engine.block_pool().num_free(), engine.block_pool().num_blocks());
+    assert_eq!(answers(&mut engine, vec![good()])[0].len(), 1);
+}
+
+#[test]
+fn a_request_that_is_stopped_gives_its_blocks_back() {
+    let source = source();
+    let plan = plan_for(&source, &[(Device::Cpu, 256 * MIB)], Policy::Auto, StepLimits::new(64, 2), DType::Bf16);
+    let mut engine = engine(&source, &plan, DType::Bf16, 2);
+    let running = engine.submit(request(&source, &[1, 2, 3], None, 50)).unwrap();
+    engine.step().unwrap();
+    let waiting = engine.submit(request(&source, &[1, 2, 3], None, 50)).unwrap();
+    assert!(engine.block_pool().num_free() < engine.block_pool().num_blocks());
+    assert!(engine.stop(running).is_none());
+    assert!(engine.stop(waiting).is_none());
+    assert!(engine.is_idle());
+    assert_eq!(engine.block_pool().num_free(), engine.block_pool().num_blocks());
+}

@@ -48,7 +48,7 @@ pub trait HostTensor: Send + Sync {
 pub type HostWeight = Arc<dyn HostTensor>;
 
 /// The weights that one expert-ranged operation may need. `None` for an expert that has no rows in the ranges given:
-/// it is not read, and need not be there.
+/// it is not read, and need not be there. An expert that has rows and no weight is refused.
 #[derive(Debug)]
 pub struct ExpertWeights<'a, W> {
     /// Weights of the language expert.
@@ -99,7 +99,7 @@ pub struct PatchGeometry {
     pub patch_size: usize,
 }
 
-/// Head counts and head width of an attention.
+/// Head counts and head width of an attention. Query head `h` uses key/value head `h / (num_heads / num_kv_heads)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadGeometry {
     /// Query heads.
@@ -125,8 +125,12 @@ pub enum StagedSource<W> {
 /// dimensional and row-major; operations read and write its first rows and leave the others alone. `rows` never
 /// exceeds the rows of any buffer passed: an operation refuses shapes that do not fit with [`BackendError::Shape`].
 ///
-/// Results do not depend on which other rows share the batch *in which order or number of stages*: the same call gives
-/// the same bits on every device of one kind.
+/// Weights come as bf16, f16 or f32, whatever the activations are. Those of a wider type than the activations may be
+/// rounded to it before use, as the reference model's are when it is loaded; where a weight rests, and how it came there,
+/// changes no bit of a result.
+///
+/// The same call gives the same bits on every device of one kind, so that cutting the model into stages changes nothing.
+/// Which other rows share a call may change the last bits of a row.
 pub trait Backend: Send + Sync + 'static {
     /// A mutable array on the device, taken from the device's arena and returned to it on drop.
     type Buffer: Send;
@@ -154,14 +158,17 @@ pub trait Backend: Send + Sync + 'static {
     fn load(&self, weight: &HostWeight) -> Result<Self::Weight, BackendError>;
 
     /// A weight used where it rests on the host. Every backend can [`embed`](Self::embed) from it; whether other
-    /// operations take it is the backend's own affair (the CPU's do).
+    /// operations take it is the backend's own affair (the CPU's do; others answer [`BackendError::Unsupported`]). It
+    /// takes nothing from the arena.
     fn attach(&self, weight: &HostWeight) -> Result<Self::Weight, BackendError>;
 
-    /// Takes `num_slots` staging slots of `slot_bytes` from the arena.
+    /// Takes `num_slots` staging slots of `slot_bytes` from the arena. A slot has room for weights whose sizes, each
+    /// rounded up to 256 bytes, are `slot_bytes` together.
     fn staging(&self, num_slots: usize, slot_bytes: usize) -> Result<Self::Ring, BackendError>;
 
     /// Begins to copy `sources` into slot `slot` and returns. Nobody may still hold weights of what the slot held
-    /// before.
+    /// before. A slot or a size that does not fit is refused and leaves the slot as it was; a source that cannot be read
+    /// is an error here or of [`staged`](Self::staged).
     fn stage(
         &self,
         ring: &mut Self::Ring,
@@ -178,7 +185,7 @@ pub trait Backend: Send + Sync + 'static {
     /// The given rows as f32.
     fn read(&self, buffer: &Self::Buffer, rows: Range<usize>) -> Result<Vec<f32>, BackendError>;
 
-    /// Takes rows along to another device.
+    /// Takes rows along to another device, as they are now: what is written to `buffer` later does not reach the parcel.
     fn send(&self, buffer: &Self::Buffer, rows: Range<usize>) -> Result<Self::Parcel, BackendError>;
 
     /// Unpacks what another device sent into rows `first_row..`.
@@ -196,12 +203,18 @@ pub trait Backend: Send + Sync + 'static {
     /// Tables for batches of up to the given sizes.
     fn tables(&self, limits: &cogvlm_core::workspace::StepLimits) -> Result<Self::Tables, BackendError>;
 
-    /// Makes `batch` the one that `tables` describe.
+    /// Makes `batch` the one that `tables` describe. A batch without rows is one too.
+    ///
+    /// # Errors
+    /// [`BackendError::Shape`] where the batch exceeds the limits of the tables; where its sequences do not cover its rows
+    /// in order, have contexts shorter than their rows, or have too few blocks; where a row has no position id, or logits
+    /// are wanted of one that is not there. Blocks and positions that a cache or a table of angles lacks are refused by
+    /// the operation that would use them.
     fn set_batch(&self, tables: &mut Self::Tables, batch: &Batch) -> Result<(), BackendError>;
 
     // ── decoder ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    /// `hidden[i] = table[ids[i]]`; table `[vocab_size, hidden_size]`.
+    /// `hidden[i] = table[ids[i]]`, rounded; table `[vocab_size, hidden_size]`, whose ids may not be exceeded.
     fn embed(&self, table: &Self::Weight, ids: &[u32], hidden: &mut Self::Buffer) -> Result<(), BackendError>;
 
     /// `out = weight * x / sqrt(mean(x²) + eps)` on the first `rows` rows, one rounding.
@@ -246,7 +259,8 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Result<(), BackendError>;
 
     /// Causal softmax attention of every sequence of the batch over its paged cache, scale `head_dim^-½`; scores and
-    /// softmax in f32. Row `j` of a sequence's rows sees the keys up to its own.
+    /// softmax in f32, though the probabilities may be rounded before the product with the values. Row `j` of a
+    /// sequence's rows sees the keys up to its own; slots beyond are not read, or have no effect.
     fn attention(
         &self,
         query: &Self::Buffer,
@@ -311,7 +325,8 @@ pub trait Backend: Send + Sync + 'static {
         out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
-    /// Full softmax attention inside each image. `qkv` `[num_images * num_tokens, 3 * heads * head_dim]`, rows
+    /// Full softmax attention inside each image, in the arithmetic of [`attention`](Self::attention), with as many
+    /// key/value heads as query heads. `qkv` `[num_images * num_tokens, 3 * heads * head_dim]`, rows
     /// `[q | k | v]`; `out` `[num_images * num_tokens, heads * head_dim]`.
     fn image_attention(
         &self,
@@ -322,7 +337,8 @@ pub trait Backend: Send + Sync + 'static {
         out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
-    /// `residual += layer_norm(branch)`; rounded: the norm, the sum.
+    /// `residual += layer_norm(branch)`; rounded: the norm, the sum. The norm is `weight * (x - mean) / sqrt(var + eps) +
+    /// bias`, where `var` is the mean of `(x - mean)²`, computed so that a large mean costs it no digits.
     fn layer_norm_residual(
         &self,
         branch: &Self::Buffer,
@@ -333,7 +349,8 @@ pub trait Backend: Send + Sync + 'static {
         residual: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
-    /// `x = gelu(layer_norm(x))` in place; rounded: the norm, the gelu.
+    /// `x = gelu(layer_norm(x))` in place, the norm as in [`layer_norm_residual`](Self::layer_norm_residual); rounded:
+    /// the norm, the gelu.
     fn layer_norm_gelu(
         &self,
         x: &mut Self::Buffer,
@@ -343,7 +360,8 @@ pub trait Backend: Send + Sync + 'static {
         rows: usize,
     ) -> Result<(), BackendError>;
 
-    /// Copies a weight of `[.., width]` as rows into `first_row..` of `destination` (BOI and EOI beside the patches).
+    /// Copies a weight of `[.., width]`, rounded, as rows into `first_row..` of `destination` (BOI and EOI beside the
+    /// patches).
     fn copy_weight_rows(
         &self,
         weight: &Self::Weight,

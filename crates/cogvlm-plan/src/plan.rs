@@ -130,28 +130,38 @@ impl PlanRequest {
 
     /// Refuses what no search can meet.
     pub(crate) fn check(&self) -> Result<(), PlanError> {
-        let limits = &self.limits;
-        for (flag, value, low, high) in [
-            ("--context", limits.context_len, 1, MAX_CONTEXT),
-            ("--batch", limits.max_sequences, 1, MAX_BATCH),
-            ("tokens of a step", limits.max_tokens, limits.max_sequences, MAX_CONTEXT),
-            ("images of a step", limits.max_images, 0, MAX_BATCH),
-        ] {
-            if !(low..=high).contains(&value) {
-                return Err(PlanError::Limit { flag, value, low, high });
-            }
-        }
-        for (index, budget) in self.budgets.iter().enumerate() {
-            let device = budget.device;
-            if self.budgets[..index].iter().any(|other| other.device == device) {
-                return Err(PlanError::DuplicateDevice { device });
-            }
-            if budget.bytes == 0 && device.executes() {
-                return Err(PlanError::ZeroBudget { device });
-            }
-        }
-        if self.budgets.iter().any(|budget| budget.device.executes()) { Ok(()) } else { Err(PlanError::NoDevice) }
+        check_limits(&self.limits)?;
+        check_budgets(&self.budgets)
     }
+}
+
+/// Refuses limits that no run can have.
+pub(crate) fn check_limits(limits: &StepLimits) -> Result<(), PlanError> {
+    for (flag, value, low, high) in [
+        ("--context", limits.context_len, 1, MAX_CONTEXT),
+        ("--batch", limits.max_sequences, 1, MAX_BATCH),
+        ("tokens of a step", limits.max_tokens, limits.max_sequences, MAX_CONTEXT),
+        ("images of a step", limits.max_images, 0, MAX_BATCH),
+    ] {
+        if !(low..=high).contains(&value) {
+            return Err(PlanError::Limit { flag, value, low, high });
+        }
+    }
+    Ok(())
+}
+
+/// Refuses budgets that hold nothing or contradict each other.
+pub(crate) fn check_budgets(budgets: &[DeviceBudget]) -> Result<(), PlanError> {
+    for (index, budget) in budgets.iter().enumerate() {
+        let device = budget.device;
+        if budgets[..index].iter().any(|other| other.device == device) {
+            return Err(PlanError::DuplicateDevice { device });
+        }
+        if budget.bytes == 0 && device.executes() {
+            return Err(PlanError::ZeroBudget { device });
+        }
+    }
+    if budgets.iter().any(|budget| budget.device.executes()) { Ok(()) } else { Err(PlanError::NoDevice) }
 }
 
 /// Where a tensor rests.
@@ -225,7 +235,8 @@ pub struct DevicePlan {
 impl DevicePlan {
     /// Everything planned on the device.
     pub fn used_bytes(&self) -> u64 {
-        self.weight_bytes + self.kv_bytes + self.workspace_bytes + self.staging_bytes + self.reserved_bytes
+        let parts = [self.kv_bytes, self.workspace_bytes, self.staging_bytes, self.reserved_bytes];
+        parts.into_iter().fold(self.weight_bytes, u64::saturating_add)
     }
 
     /// What is left of the budget; `None` without a budget.
@@ -248,7 +259,7 @@ pub struct LinkPlan {
 }
 
 /// A placement of a whole model, with its consequences.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
     /// The policy that made it; `auto` is resolved.
     pub policy: Policy,

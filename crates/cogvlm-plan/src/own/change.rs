@@ -4,10 +4,10 @@
 use cogvlm_core::Device;
 use cogvlm_core::memory::{GIB, MIB};
 
-use super::sizes::Sizes;
+use super::sizes::{Sizes, image_prompt_tokens};
 use super::try_plan;
 use crate::error::{Change, PlanError, tenths_of_gib};
-use crate::plan::{DeviceBudget, Plan, PlanRequest, STAGING_SLOTS};
+use crate::plan::{DeviceBudget, MAX_CONTEXT, Plan, PlanRequest, STAGING_SLOTS};
 
 /// The refusal of a request that does not fit.
 pub(super) fn does_not_fit(request: &PlanRequest) -> PlanError {
@@ -54,13 +54,29 @@ pub(crate) fn smallest_changes(request: &PlanRequest, good: impl Fn(&Plan) -> bo
             changes.extend(add.map(|bytes| Change::Add(Device::Cpu, bytes)));
         }
     }
-    let shortest = super::sizes::image_prompt_tokens(&request.spec);
-    let contexts = most(shortest.next_multiple_of(CONTEXT_GRAIN) / CONTEXT_GRAIN, request.limits.context_len / CONTEXT_GRAIN, |n| {
-        does(Change::Context(n * CONTEXT_GRAIN))
-    });
+    // A context that does not hold an image helps nobody.
+    let shortest = image_prompt_tokens(&request.spec).div_ceil(CONTEXT_GRAIN);
+    let planned = request.limits.context_len / CONTEXT_GRAIN;
+    let contexts = most(shortest, planned, |n| does(Change::Context(n * CONTEXT_GRAIN)));
     changes.extend(contexts.map(|n| Change::Context(n * CONTEXT_GRAIN)));
     changes.extend(most(1, request.limits.max_sequences, |n| does(Change::Batch(n))).map(Change::Batch));
     changes
+}
+
+/// The longest context with which no weight leaves the device that uses it; `None` where that is the one planned for.
+pub(crate) fn longest_context(request: &PlanRequest) -> Option<usize> {
+    let planned = request.limits.context_len;
+    let all_at_home = |tokens: usize| {
+        let changed = apply(request, Change::Context(tokens));
+        let at_home = |plan: &Plan| {
+            plan.placements.iter().all(|placement| placement.residency.place(placement.executes_on) == placement.executes_on)
+        };
+        matches!(try_plan(&changed), Ok(Some(plan)) if at_home(&plan))
+    };
+    // Nobody plans for more than a hundred times of what they asked for.
+    let highest = MAX_CONTEXT.min(planned.saturating_mul(128)) / CONTEXT_GRAIN;
+    let longest = most(planned / CONTEXT_GRAIN, highest, |n| all_at_home(n * CONTEXT_GRAIN))?;
+    (longest * CONTEXT_GRAIN > planned).then_some(longest * CONTEXT_GRAIN)
 }
 
 /// Contexts are proposed in multiples of this.
@@ -79,8 +95,11 @@ fn apply(request: &PlanRequest, change: Change) -> PlanRequest {
             request.budgets.push(DeviceBudget { device, bytes });
         }
         Change::Context(tokens) => {
+            // A step that held a whole prompt goes on to hold one.
+            let whole_prompt = limits.max_tokens >= limits.context_len;
+            let longest = tokens.max(limits.max_sequences);
+            limits.max_tokens = if whole_prompt { longest } else { limits.max_tokens.min(longest) };
             limits.context_len = tokens;
-            limits.max_tokens = limits.max_tokens.min(tokens.max(limits.max_sequences));
         }
         Change::Batch(sequences) => {
             limits.max_sequences = sequences;

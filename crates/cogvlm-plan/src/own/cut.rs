@@ -193,23 +193,19 @@ impl Planner<'_> {
         let (num_vision, num_text) = (self.sizes.num_vision, self.sizes.num_text());
         let mut frontiers = vec![vec![Point { vision: 0, text: 0, from: 0 }]];
         for card in 0..self.cards.len() {
-            let last = card + 1 == self.cards.len();
             // For each number of vision units the most text units, and where from.
             let mut furthest: Vec<Option<(usize, usize)>> = vec![None; num_vision + 1];
             for (from, point) in frontiers[card].iter().enumerate() {
                 let mut text = num_text;
-                for vision in point.vision..=num_vision {
+                for (vision, furthest) in furthest.iter_mut().enumerate().skip(point.vision) {
                     while text > point.text && !self.holds(card, point.vision..vision, point.text..text, caps) {
                         text -= 1;
                     }
                     if text == point.text && !self.holds(card, point.vision..vision, text..text, caps) {
                         break;
                     }
-                    if furthest[vision].is_none_or(|(known, _)| text > known) {
-                        furthest[vision] = Some((text, from));
-                    }
-                    if last && (vision, text) == (num_vision, num_text) {
-                        break;
+                    if furthest.is_none_or(|(known, _)| text > known) {
+                        *furthest = Some((text, from));
                     }
                 }
             }

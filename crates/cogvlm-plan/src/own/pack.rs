@@ -145,8 +145,16 @@ struct Shelf<'a> {
 
 impl Shelf<'_> {
     fn keep_all(&mut self, units: &Range<usize>, groups_of: &[Range<usize>]) {
+        // The search asks for sums only, very often.
+        if self.keep.is_none() {
+            return;
+        }
+        groups_of[units.clone()].iter().for_each(|groups| self.keep(groups.clone()));
+    }
+
+    fn keep(&mut self, groups: Range<usize>) {
         if let Some(keep) = &mut self.keep {
-            groups_of[units.clone()].iter().for_each(|groups| keep(groups.clone()));
+            keep(groups);
         }
     }
 
@@ -154,7 +162,7 @@ impl Shelf<'_> {
     fn put_all(&mut self, groups: &Range<usize>) -> Option<u64> {
         let bytes = self.sizes.groups[groups.clone()].iter().map(|group| group.bytes).sum();
         self.room = self.room.checked_sub(bytes)?;
-        self.keep_all(&(0..1), std::slice::from_ref(groups));
+        self.keep(groups.clone());
         Some(bytes)
     }
 
@@ -166,7 +174,7 @@ impl Shelf<'_> {
             if bytes <= self.room {
                 self.room -= bytes;
                 kept += bytes;
-                self.keep_all(&(0..1), &[index..index + 1]);
+                self.keep(index..index + 1);
             }
         }
         kept

@@ -1,5 +1,7 @@
 //! Memory of a device: aligned, zeroed, counted by its arena.
 
+use std::sync::Arc;
+
 use bytemuck::{AnyBitPattern, NoUninit, Pod, Zeroable};
 use cogvlm_backend::{Arena, BackendError, Lease};
 
@@ -12,7 +14,7 @@ struct Line([u8; 64]);
 pub(crate) struct Memory {
     lines: Box<[Line]>,
     num_bytes: usize,
-    _lease: Lease,
+    _lease: Arc<Lease>,
 }
 
 impl Memory {
@@ -22,6 +24,11 @@ impl Memory {
     /// [`BackendError::OutOfMemory`] where the arena, [`BackendError::Device`] where the system has too little left.
     pub(crate) fn take(arena: &Arena, what: &str, num_bytes: usize) -> Result<Self, BackendError> {
         let lease = arena.lease(what, num_bytes as u64)?;
+        Self::under(Arc::new(lease), arena, what, num_bytes)
+    }
+
+    /// `num_bytes` for `what` that `lease` has taken already, perhaps with others.
+    pub(crate) fn under(lease: Arc<Lease>, arena: &Arena, what: &str, num_bytes: usize) -> Result<Self, BackendError> {
         let lines = bytemuck::allocation::try_zeroed_slice_box(num_bytes.div_ceil(64)).map_err(|()| {
             let reason = format!("the system has no {num_bytes} bytes left for {what}; lower the device's budget");
             BackendError::Device { device: arena.device(), reason }

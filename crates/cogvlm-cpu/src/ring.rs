@@ -28,7 +28,7 @@ struct Slot {
 
 /// Who has the memory of a slot.
 enum SlotMemory {
-    /// The ring, and the weights staged last. `None` before the first.
+    /// The ring, and the weights staged last.
     Here(Arc<Memory>),
     /// The copier, which sends it back.
     Copying(Receiver<Copied>),
@@ -57,8 +57,13 @@ struct Job {
 
 impl CpuRing {
     pub(crate) fn new(arena: &Arena, num_slots: usize, slot_bytes: usize) -> Result<Self, BackendError> {
+        const WHAT: &str = "staging slots";
+        let num_bytes = num_slots.checked_mul(slot_bytes).and_then(|bytes| u64::try_from(bytes).ok());
+        let num_bytes =
+            num_bytes.ok_or_else(|| unsupported("staging", format!("{num_slots} slots of {slot_bytes} bytes")))?;
+        let lease = Arc::new(arena.lease(WHAT, num_bytes)?);
         let slot = |_| {
-            let memory = Memory::take(arena, "staging slot", slot_bytes)?;
+            let memory = Memory::under(Arc::clone(&lease), arena, WHAT, slot_bytes)?;
             Ok(Slot { memory: SlotMemory::Here(Arc::new(memory)), tensors: Vec::new() })
         };
         Ok(Self { slots: (0..num_slots).map(slot).collect::<Result<_, BackendError>>()?, slot_bytes })
@@ -73,7 +78,7 @@ impl CpuRing {
     ) -> Result<(), BackendError> {
         let slot_bytes = self.slot_bytes;
         let tensors = place(&sources, slot_bytes)?;
-        let slot = self.slot(copier.device, "stage", index)?;
+        let slot = self.slot("stage", index)?;
         // A failure of the copy before this one is of no interest any more.
         let _ = slot.settle(copier.device);
         let memory = match std::mem::replace(&mut slot.memory, SlotMemory::Lost) {
@@ -92,7 +97,7 @@ impl CpuRing {
 
     /// Waits for slot `index`, and gives its weights.
     pub(crate) fn staged(&mut self, device: Device, index: usize) -> Result<Vec<CpuWeight>, BackendError> {
-        let slot = self.slot(device, "staged", index)?;
+        let slot = self.slot("staged", index)?;
         slot.settle(device)?;
         let SlotMemory::Here(memory) = &slot.memory else { return Err(copier_died(device)) };
         let weight =
@@ -100,7 +105,7 @@ impl CpuRing {
         Ok(slot.tensors.iter().map(weight).collect())
     }
 
-    fn slot(&mut self, _device: Device, op: &'static str, index: usize) -> Result<&mut Slot, BackendError> {
+    fn slot(&mut self, op: &'static str, index: usize) -> Result<&mut Slot, BackendError> {
         let num_slots = self.slots.len();
         self.slots.get_mut(index).ok_or_else(|| unsupported(op, format!("slot {index} of a ring of {num_slots}")))
     }

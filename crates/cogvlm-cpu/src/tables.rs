@@ -51,6 +51,8 @@ impl CpuTables {
             expect(OP, "context_len", &[sequence.context_len], fits, || {
                 format!("at least its {} rows, at most the tokens of its {blocks} blocks", range.len())
             })?;
+            let fits = sequence.context_len <= limits.context_len;
+            expect(OP, "context_len", &[sequence.context_len], fits, || format!("at most {}", limits.context_len))?;
         }
         expect(OP, "sequences", &[covered], covered == rows, || format!("rows up to {rows}"))?;
         let ascending = batch.logit_rows.is_sorted_by(|a, b| a < b);

@@ -29,7 +29,7 @@ pub(crate) fn attention<T: Element>(
 ) -> Result<(), BackendError> {
     const OP: &str = "attention";
     let HeadGeometry { num_heads, num_kv_heads, head_dim } = heads;
-    let (batch, width) = (tables.batch(), num_heads * head_dim);
+    let (batch, width) = (tables.batch(), num_heads.saturating_mul(head_dim));
     expect_heads(OP, heads)?;
     expect_buffer(OP, "query", query, batch.num_rows(), width)?;
     expect_buffer(OP, "out", out, batch.num_rows(), width)?;
@@ -38,7 +38,7 @@ pub(crate) fn attention<T: Element>(
         blocks.iter().max().map_or(0, |&block| block as usize + 1)
     };
     let num_blocks = batch.sequences.iter().map(used).max().unwrap_or(0);
-    let kv_columns = 2 * num_kv_heads * BLOCK_LEN * head_dim;
+    let kv_columns = head_dim.saturating_mul(2 * BLOCK_LEN).saturating_mul(num_kv_heads);
     expect_buffer(OP, "kv", kv, num_blocks, kv_columns)?;
 
     let query = query.view::<T>(OP, "query")?;

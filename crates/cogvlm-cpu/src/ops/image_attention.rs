@@ -19,12 +19,12 @@ pub(crate) fn image_attention<T: Element>(
 ) -> Result<(), BackendError> {
     const OP: &str = "image_attention";
     let HeadGeometry { num_heads, num_kv_heads, head_dim } = heads;
-    let (rows, width) = (num_images * num_tokens, num_heads * head_dim);
+    let (rows, width) = (num_images.saturating_mul(num_tokens), num_heads.saturating_mul(head_dim));
     expect_heads(OP, heads)?;
     expect(OP, "heads", &[num_heads, num_kv_heads], num_heads == num_kv_heads, || {
         "as many key as query heads".to_owned()
     })?;
-    expect_buffer(OP, "qkv", qkv, rows, 3 * width)?;
+    expect_buffer(OP, "qkv", qkv, rows, width.saturating_mul(3))?;
     expect_buffer(OP, "out", out, rows, width)?;
     let qkv = qkv.view::<T>(OP, "qkv")?;
     let out = out.view_mut::<T>(OP, "out")?;

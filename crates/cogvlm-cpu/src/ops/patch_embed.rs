@@ -21,9 +21,10 @@ pub(crate) fn patch_embed<T: Element>(
     let fits = patch_size > 0 && image_size.is_multiple_of(patch_size);
     expect(OP, "geometry", &[image_size, patch_size], fits, || "images of whole patches".to_owned())?;
     let (width, side) = (out.columns(), image_size / patch_size);
-    let num_tokens = side * side + 1;
-    expect_buffer(OP, "pixels", pixels, num_images, num_channels * image_size * image_size)?;
-    expect_buffer(OP, "out", out, num_images * num_tokens, width)?;
+    let pixels_per_image = image_size.saturating_mul(image_size).saturating_mul(num_channels);
+    expect_buffer(OP, "pixels", pixels, num_images, pixels_per_image)?;
+    let num_tokens = side.saturating_mul(side).saturating_add(1);
+    expect_buffer(OP, "out", out, num_images.saturating_mul(num_tokens), width)?;
     expect_weight(OP, "projection", weights.projection, &[width, num_channels, patch_size, patch_size])?;
     expect_weight(OP, "bias", weights.bias, &[width])?;
     expect_weight(OP, "class", weights.class, &[1, width])?;

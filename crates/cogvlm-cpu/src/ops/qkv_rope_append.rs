@@ -31,12 +31,15 @@ pub(crate) fn qkv_rope_append<T: Element>(
     const OP: &str = "qkv_rope_append";
     let HeadGeometry { num_heads, num_kv_heads, head_dim } = heads;
     let (batch, slots, depth) = (tables.batch(), tables.slots(), x.columns());
-    let (rows, columns) = (batch.num_rows(), (num_heads + 2 * num_kv_heads) * head_dim);
+    let (rows, columns) =
+        (batch.num_rows(), head_dim.saturating_mul(num_heads.saturating_add(num_kv_heads.saturating_mul(2))));
     expect_heads(OP, heads)?;
     expect_buffer(OP, "x", x, rows, depth)?;
     expect_ranges(OP, ranges, rows)?;
-    expect_buffer(OP, "query", query, rows, num_heads * head_dim)?;
-    let kv_columns = 2 * num_kv_heads * BLOCK_LEN * head_dim;
+    let covered: usize = ranges.iter().map(|range| range.rows.len()).sum();
+    expect(OP, "ranges", &[covered], covered == rows, || format!("ranges of all {rows} rows of the batch"))?;
+    expect_buffer(OP, "query", query, rows, num_heads.saturating_mul(head_dim))?;
+    let kv_columns = head_dim.saturating_mul(2 * BLOCK_LEN).saturating_mul(num_kv_heads);
     let num_blocks = slots.iter().max().map_or(0, |slot| slot / BLOCK_LEN + 1);
     expect_buffer(OP, "kv", kv, num_blocks, kv_columns)?;
     let num_positions = batch.position_ids.iter().max().map_or(0, |&position| position as usize + 1);
@@ -44,7 +47,6 @@ pub(crate) fn qkv_rope_append<T: Element>(
     for range in ranges.iter().filter(|range| !range.rows.is_empty()) {
         expect_weight(OP, "weights", expert_weight(OP, weights, range)?, &[columns, depth])?;
     }
-    expect(OP, "tables", &[slots.len()], slots.len() == rows, || format!("a slot for each of {rows} rows"))?;
 
     let (x, rope) = (x.view::<T>(OP, "x")?, rope.view::<f32>(OP, "rope")?);
     let query = Disjoint::new(query.view_mut::<T>(OP, "query")?);

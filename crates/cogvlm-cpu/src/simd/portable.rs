@@ -126,3 +126,22 @@ pub(super) fn dots_f32(x: &[f32], depth: usize, dtype: DType, w: &[u8], c: &mut 
         }
     }
 }
+
+/// As [`super::tile_pairs`].
+pub(super) fn tile_pairs(a: &[u16], lda: usize, m: usize, b: &[u32], c: &mut [f32], ldc: usize) {
+    let widen = |bits: u32| f32::from_bits(bits << 16);
+    for (row, a) in a.chunks(lda).take(m).enumerate() {
+        let c = &mut c[row * ldc..][..PANEL];
+        for (pair, line) in a.as_chunks::<2>().0.iter().zip(b.as_chunks::<PANEL>().0) {
+            let [first, second] = pair.map(|bits| widen(bits.into()));
+            let products = line.iter().map(|&word| first * widen(word) + second * widen(word >> 16));
+            c.iter_mut().zip(products).for_each(|(sum, product)| *sum += product);
+        }
+    }
+}
+
+/// As [`super::dots_bf16`].
+pub(super) fn dots_bf16(x: &[u16], depth: usize, w: &[u8], c: &mut [f32], ldc: usize) {
+    let x: Vec<f32> = x.iter().map(|&bits| bf16::from_bits(bits).get()).collect();
+    dots_f32(&x, depth, DType::Bf16, w, c, ldc);
+}

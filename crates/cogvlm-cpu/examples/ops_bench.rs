@@ -1,0 +1,234 @@
+//! Speeds of the operations on this machine: `cargo run --release -p cogvlm-cpu --example ops_bench [-- threads]`.
+//!
+//! Times are the least of several runs. Prefill rows give arithmetic, decode rows the bytes of weights or cache that
+//! are read, beside the rate at which the same threads read memory.
+#![expect(clippy::print_stdout, reason = "it is a program that prints a table")]
+
+use std::error::Error;
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cogvlm_backend::conformance::VecTensor;
+use cogvlm_backend::{Activation, Backend, Batch, ExpertWeights, HeadGeometry, RopeMode, SequenceRows};
+use cogvlm_core::tokens::ExpertRange;
+use cogvlm_core::workspace::{BLOCK_LEN, StepLimits};
+use cogvlm_core::{DType, Device, Expert};
+use cogvlm_cpu::{CpuBackend, CpuBuffer, CpuWeight};
+use rayon::ThreadPool;
+
+type Outcome<T = ()> = Result<T, Box<dyn Error>>;
+
+/// Shapes of a model that matter here.
+struct Model {
+    name: &'static str,
+    hidden: usize,
+    inner: usize,
+    heads: usize,
+    vit_hidden: usize,
+    vit_inner: usize,
+    vit_heads: usize,
+}
+
+const MODELS: [Model; 2] = [
+    Model { name: "small", hidden: 512, inner: 1376, heads: 4, vit_hidden: 448, vit_inner: 1920, vit_heads: 4 },
+    Model { name: "17b", hidden: 4096, inner: 11008, heads: 32, vit_hidden: 1792, vit_inner: 15360, vit_heads: 16 },
+];
+const PROMPT: usize = 1260;
+const VIT_TOKENS: usize = 1226;
+
+fn main() -> Outcome {
+    let threads = std::env::args().nth(1).map_or(Ok(0), |text| text.parse())?;
+    let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(threads).build()?);
+    println!("{} threads, memory read {:.1} GB/s", pool.current_num_threads(), read_rate(&pool));
+    for activations in [DType::F32, DType::Bf16] {
+        for model in &MODELS {
+            let cpu = CpuBackend::new(Device::Cpu, 8 << 30, activations, Arc::clone(&pool))?;
+            println!("\n{} in {activations}, {}, weights in bf16", model.name, cpu.isa());
+            Bench { cpu, model }.run()?;
+        }
+    }
+    Ok(())
+}
+
+/// GB/s at which the threads read 1 GiB.
+fn read_rate(pool: &ThreadPool) -> f64 {
+    use rayon::prelude::*;
+    let data = vec![1u64; 1 << 27];
+    let least = least(|| {
+        let sum: u64 = pool.install(|| data.par_chunks(1 << 16).map(|chunk| chunk.iter().sum::<u64>()).sum());
+        black_box(sum);
+        Ok(())
+    });
+    (1 << 30) as f64 / least.map_or(f64::NAN, |time| time.as_secs_f64()) / 1e9
+}
+
+/// The least time of some runs; more of them where they are short.
+fn least(mut run: impl FnMut() -> Outcome) -> Outcome<Duration> {
+    let (begin, mut least) = (Instant::now(), Duration::MAX);
+    let mut count = 0;
+    while count < 3 || (begin.elapsed() < Duration::from_millis(400) && count < 1000) {
+        let start = Instant::now();
+        run()?;
+        least = least.min(start.elapsed());
+        count += 1;
+    }
+    Ok(least)
+}
+
+struct Bench<'a> {
+    cpu: CpuBackend,
+    model: &'a Model,
+}
+
+impl Bench<'_> {
+    fn run(&self) -> Outcome {
+        let Model { hidden, inner, vit_hidden, vit_inner, .. } = *self.model;
+        self.linear("vit qkv", VIT_TOKENS, vit_hidden, 3 * vit_hidden, Activation::Identity)?;
+        self.linear("vit fc1 + gelu", VIT_TOKENS, vit_hidden, vit_inner, Activation::Gelu)?;
+        self.linear("vit fc2", VIT_TOKENS, vit_inner, vit_hidden, Activation::Identity)?;
+        self.image_attention()?;
+        self.layer_norm(VIT_TOKENS, vit_hidden)?;
+        self.rms_norm(PROMPT, hidden)?;
+        for rows in [PROMPT, 1] {
+            self.qkv(rows)?;
+            self.gate_up(rows, hidden, inner)?;
+            self.residual(rows, inner, hidden)?;
+            self.attention(rows)?;
+        }
+        self.linear("lm_head", 1, hidden, 32000, Activation::Identity)?;
+        self.linear("lm_head", 8, hidden, 32000, Activation::Identity)
+    }
+
+    fn report(&self, what: &str, rows: usize, time: Duration, flops: f64, bytes: f64) {
+        let seconds = time.as_secs_f64();
+        print!("{what:24} {rows:5} rows {:10.3} ms", seconds * 1e3);
+        if rows > 8 {
+            println!(" {:8.1} GFLOP/s", flops / seconds / 1e9);
+        } else {
+            println!(" {:8.1} GB/s", bytes / seconds / 1e9);
+        }
+    }
+
+    fn product(&self, what: &str, [rows, depth, columns]: [usize; 3], run: impl FnMut() -> Outcome) -> Outcome {
+        let elements = (depth * columns) as f64;
+        let time = least(run)?;
+        self.report(&format!("{what} {depth} x {columns}"), rows, time, 2.0 * rows as f64 * elements, 2.0 * elements);
+        Ok(())
+    }
+
+    fn weight(&self, shape: &[usize]) -> Outcome<CpuWeight> {
+        let count = shape.iter().product();
+        let values: Vec<f32> = (0..count).map(|index| (index % 251) as f32 / 251.0 - 0.5).collect();
+        Ok(self.cpu.load(&VecTensor::new("weight", DType::Bf16, shape, &values).shared())?)
+    }
+
+    fn buffer(&self, rows: usize, columns: usize) -> Outcome<CpuBuffer> {
+        let mut buffer = self.cpu.alloc("buffer", self.cpu.activation_dtype(), [rows, columns])?;
+        let values: Vec<f32> = (0..rows * columns).map(|index| (index % 241) as f32 / 241.0 - 0.5).collect();
+        self.cpu.write(&values, &mut buffer, 0)?;
+        Ok(buffer)
+    }
+
+    fn linear(&self, what: &str, rows: usize, depth: usize, columns: usize, activation: Activation) -> Outcome {
+        let (weight, bias) = (self.weight(&[columns, depth])?, self.weight(&[columns])?);
+        let (x, mut out) = (self.buffer(rows, depth)?, self.buffer(rows, columns)?);
+        self.product(what, [rows, depth, columns], || {
+            Ok(self.cpu.linear(&x, &weight, Some(&bias), activation, rows, &mut out)?)
+        })
+    }
+
+    fn gate_up(&self, rows: usize, depth: usize, columns: usize) -> Outcome {
+        let weights = [self.weight(&[columns, depth])?, self.weight(&[columns, depth])?];
+        let [gate, up] = weights.each_ref().map(|weight| ExpertWeights { language: Some(weight), vision: None });
+        let (x, mut out) = (self.buffer(rows, depth)?, self.buffer(rows, columns)?);
+        self.product("gate_up", [rows, depth, 2 * columns], || {
+            Ok(self.cpu.gate_up(&x, gate, up, &language(rows), &mut out)?)
+        })
+    }
+
+    fn residual(&self, rows: usize, depth: usize, columns: usize) -> Outcome {
+        let weight = self.weight(&[columns, depth])?;
+        let weights = ExpertWeights { language: Some(&weight), vision: None };
+        let (x, mut out) = (self.buffer(rows, depth)?, self.buffer(rows, columns)?);
+        self.product("linear_residual", [rows, depth, columns], || {
+            Ok(self.cpu.linear_residual(&x, weights, &language(rows), &mut out)?)
+        })
+    }
+
+    fn heads(&self) -> HeadGeometry {
+        let Model { heads, hidden, .. } = *self.model;
+        HeadGeometry { num_heads: heads, num_kv_heads: heads, head_dim: hidden / heads }
+    }
+
+    fn batch(&self, rows: usize) -> Batch {
+        let blocks = (0..PROMPT.div_ceil(BLOCK_LEN) as u32).collect();
+        Batch {
+            input_ids: vec![0; rows],
+            position_ids: (0..rows as u32).collect(),
+            expert_ranges: language(rows).to_vec(),
+            sequences: vec![SequenceRows { rows: 0..rows, context_len: PROMPT, blocks }],
+            logit_rows: vec![rows - 1],
+        }
+    }
+
+    fn qkv(&self, rows: usize) -> Outcome {
+        let (hidden, heads) = (self.model.hidden, self.heads());
+        let weight = self.weight(&[3 * hidden, hidden])?;
+        let weights = ExpertWeights { language: Some(&weight), vision: None };
+        let mut tables = self.cpu.tables(&StepLimits::new(PROMPT, 1))?;
+        self.cpu.set_batch(&mut tables, &self.batch(rows))?;
+        let (x, mut query) = (self.buffer(rows, hidden)?, self.buffer(rows, hidden)?);
+        let mut kv = self.buffer(PROMPT.div_ceil(BLOCK_LEN), 2 * BLOCK_LEN * hidden)?;
+        let rope = self.cpu.alloc("rope", DType::F32, [PROMPT, heads.head_dim])?;
+        self.product("qkv_rope_append", [rows, hidden, 3 * hidden], || {
+            let mode = RopeMode::Float32;
+            let ranges = language(rows);
+            Ok(self.cpu.qkv_rope_append(&x, weights, &ranges, heads, &rope, mode, &tables, &mut query, &mut kv)?)
+        })
+    }
+
+    fn attention(&self, rows: usize) -> Outcome {
+        let (hidden, heads) = (self.model.hidden, self.heads());
+        let mut tables = self.cpu.tables(&StepLimits::new(PROMPT, 1))?;
+        self.cpu.set_batch(&mut tables, &self.batch(rows))?;
+        let (query, mut out) = (self.buffer(rows, hidden)?, self.buffer(rows, hidden)?);
+        let kv = self.buffer(PROMPT.div_ceil(BLOCK_LEN), 2 * BLOCK_LEN * hidden)?;
+        let time = least(|| Ok(self.cpu.attention(&query, &kv, heads, &tables, &mut out)?))?;
+        // Of the square of scores half is seen.
+        let flops = 2.0 * (rows * PROMPT * hidden) as f64;
+        let bytes = (2 * PROMPT * hidden * self.cpu.activation_dtype().size_bytes()) as f64;
+        self.report(&format!("attention over {PROMPT}"), rows, time, flops, bytes);
+        Ok(())
+    }
+
+    fn image_attention(&self) -> Outcome {
+        let Model { vit_hidden, vit_heads, .. } = *self.model;
+        let heads = HeadGeometry { num_heads: vit_heads, num_kv_heads: vit_heads, head_dim: vit_hidden / vit_heads };
+        let (qkv, mut out) = (self.buffer(VIT_TOKENS, 3 * vit_hidden)?, self.buffer(VIT_TOKENS, vit_hidden)?);
+        let time = least(|| Ok(self.cpu.image_attention(&qkv, 1, VIT_TOKENS, heads, &mut out)?))?;
+        self.report("image_attention", VIT_TOKENS, time, 4.0 * (VIT_TOKENS * VIT_TOKENS * vit_hidden) as f64, 0.0);
+        Ok(())
+    }
+
+    fn layer_norm(&self, rows: usize, width: usize) -> Outcome {
+        let (weight, bias) = (self.weight(&[width])?, self.weight(&[width])?);
+        let (branch, mut out) = (self.buffer(rows, width)?, self.buffer(rows, width)?);
+        let time = least(|| Ok(self.cpu.layer_norm_residual(&branch, &weight, &bias, 1e-6, rows, &mut out)?))?;
+        self.report("layer_norm_residual", rows, time, 8.0 * (rows * width) as f64, 0.0);
+        Ok(())
+    }
+
+    fn rms_norm(&self, rows: usize, width: usize) -> Outcome {
+        let weight = self.weight(&[width])?;
+        let (x, mut out) = (self.buffer(rows, width)?, self.buffer(rows, width)?);
+        let time = least(|| Ok(self.cpu.rms_norm(&x, &weight, 1e-5, rows, &mut out)?))?;
+        self.report("rms_norm", rows, time, 4.0 * (rows * width) as f64, 0.0);
+        Ok(())
+    }
+}
+
+/// All rows by the language expert.
+fn language(rows: usize) -> [ExpertRange; 1] {
+    [ExpertRange { rows: 0..rows, expert: Expert::Language }]
+}

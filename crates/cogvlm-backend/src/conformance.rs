@@ -62,7 +62,8 @@ pub use weights::{host_failure, staging};
 
 use crate::Backend;
 
-/// The least arena of a backend under test, in bytes. More is welcome, but a check fills it: below a GiB.
+/// The least arena of a backend under test, in bytes. More is welcome, but a check fills it: below a GiB. Checks have
+/// two backends at a time.
 pub const ARENA_BYTES: u64 = 64 << 20;
 
 /// Makes the backend under test: fresh, with an empty arena of its own.

@@ -126,11 +126,11 @@ pub enum StagedSource<W> {
 /// exceeds the rows of any buffer passed: an operation refuses shapes that do not fit with [`BackendError::Shape`].
 ///
 /// Weights come as bf16, f16 or f32, whatever the activations are. Those of a wider type than the activations may be
-/// rounded to it before use, as the reference model's are when it is loaded; where a weight rests, and how it came there,
-/// changes no bit of a result.
+/// rounded to it before use, as the reference model's are when it is loaded; where a weight rests, and how it came
+/// there, changes no bit of a result.
 ///
-/// The same call gives the same bits on every device of one kind, so that cutting the model into stages changes nothing.
-/// Which other rows share a call may change the last bits of a row.
+/// The same call gives the same bits on every device of one kind, so that cutting the model into stages changes
+/// nothing. Which other rows share a call may change the last bits of a row.
 pub trait Backend: Send + Sync + 'static {
     /// A mutable array on the device, taken from the device's arena and returned to it on drop.
     type Buffer: Send;
@@ -167,8 +167,8 @@ pub trait Backend: Send + Sync + 'static {
     fn staging(&self, num_slots: usize, slot_bytes: usize) -> Result<Self::Ring, BackendError>;
 
     /// Begins to copy `sources` into slot `slot` and returns. Nobody may still hold weights of what the slot held
-    /// before. A slot or a size that does not fit is refused and leaves the slot as it was; a source that cannot be read
-    /// is an error here or of [`staged`](Self::staged).
+    /// before. A slot or a size that does not fit is refused and leaves the slot as it was; a source that cannot be
+    /// read is an error here or of [`staged`](Self::staged).
     fn stage(
         &self,
         ring: &mut Self::Ring,
@@ -185,7 +185,8 @@ pub trait Backend: Send + Sync + 'static {
     /// The given rows as f32.
     fn read(&self, buffer: &Self::Buffer, rows: Range<usize>) -> Result<Vec<f32>, BackendError>;
 
-    /// Takes rows along to another device, as they are now: what is written to `buffer` later does not reach the parcel.
+    /// Takes rows along to another device, as they are now: what is written to `buffer` later does not reach the
+    /// parcel.
     fn send(&self, buffer: &Self::Buffer, rows: Range<usize>) -> Result<Self::Parcel, BackendError>;
 
     /// Unpacks what another device sent into rows `first_row..`.
@@ -206,10 +207,10 @@ pub trait Backend: Send + Sync + 'static {
     /// Makes `batch` the one that `tables` describe. A batch without rows is one too.
     ///
     /// # Errors
-    /// [`BackendError::Shape`] where the batch exceeds the limits of the tables; where its sequences do not cover its rows
-    /// in order, have contexts shorter than their rows, or have too few blocks; where a row has no position id, or logits
-    /// are wanted of one that is not there. Blocks and positions that a cache or a table of angles lacks are refused by
-    /// the operation that would use them.
+    /// [`BackendError::Shape`] where the batch exceeds the limits of the tables; where its sequences do not cover its
+    /// rows in order, have contexts shorter than their rows, or have too few blocks; where a row has no position id, or
+    /// logits are wanted of one that is not there. Blocks and positions that a cache or a table of angles lacks are
+    /// refused by the operation that would use them.
     fn set_batch(&self, tables: &mut Self::Tables, batch: &Batch) -> Result<(), BackendError>;
 
     // ── decoder ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -337,8 +338,10 @@ pub trait Backend: Send + Sync + 'static {
         out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
-    /// `residual += layer_norm(branch)`; rounded: the norm, the sum. The norm is `weight * (x - mean) / sqrt(var + eps) +
-    /// bias`, where `var` is the mean of `(x - mean)²`, computed so that a large mean costs it no digits.
+    /// `residual += layer_norm(branch)`; rounded: the norm, the sum.
+    ///
+    /// The norm is `weight * (x - mean) / sqrt(variance + eps) + bias`; the variance is the mean of `(x - mean)²`,
+    /// computed so that a large mean costs it no digits.
     fn layer_norm_residual(
         &self,
         branch: &Self::Buffer,

@@ -100,8 +100,8 @@ impl Approx {
         Self { value: -self.value, error: self.error }
     }
 
-    /// [`gelu`](crate::oracle::gelu), whose slope is below 1.13, computed in f32 as `x/2 (1 + erf)`: the sum in brackets
-    /// is off by a few units of 1, whatever is left of it.
+    /// [`gelu`](crate::oracle::gelu), whose slope is below 1.13, computed in f32 as `x/2 (1 + erf)`: the sum in
+    /// brackets is off by a few units of 1, whatever is left of it.
     pub(crate) fn gelu(self) -> Self {
         let error = 1.13 * self.error + 4.0 * UNIT_F32 * (self.value.abs() + self.error);
         Self { value: crate::oracle::gelu(self.value), error }

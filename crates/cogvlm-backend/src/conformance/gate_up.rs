@@ -52,9 +52,10 @@ impl GateUp {
 
 impl Case for GateUp {
     fn label(&self) -> String {
-        let Self { in_features, out_features, ranges, .. } = self;
+        let (Self { in_features, out_features, .. }, ranges) = (self, self.ranges.len());
+        let rows = self.all_rows() - EXTRA_ROWS;
         let weight = self.gate.dtype().map_or("none".to_owned(), |dtype| dtype.to_string());
-        format!("gate_up {in_features} -> {out_features}, weights {weight}, ranges {ranges:?}")
+        format!("gate_up [{rows}, {in_features}] -> {out_features}, weights {weight}, {ranges} ranges")
     }
 
     fn dtype(&self) -> DType {

@@ -41,9 +41,9 @@ impl LinearResidual {
 
 impl Case for LinearResidual {
     fn label(&self) -> String {
-        let Self { in_features, out_features, ranges, .. } = self;
+        let (Self { in_features, out_features, .. }, rows, ranges) = (self, self.num_rows(), self.ranges.len());
         let weight = self.weights.dtype().map_or("none".to_owned(), |dtype| dtype.to_string());
-        format!("linear_residual {in_features} -> {out_features}, weights {weight}, ranges {ranges:?}")
+        format!("linear_residual [{rows}, {in_features}] -> {out_features}, weights {weight}, {ranges} ranges")
     }
 
     fn dtype(&self) -> DType {

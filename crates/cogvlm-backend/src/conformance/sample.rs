@@ -15,7 +15,7 @@ pub fn sample<B: Backend>(make: Make<'_, B>) {
     let greedy = SamplingParams::default();
     let params = [
         greedy.clone(),
-        SamplingParams { repetition_penalty: 1.3, ..greedy.clone() },
+        SamplingParams { repetition_penalty: 3.0, ..greedy.clone() },
         SamplingParams { temperature: 0.8, top_k: 50, top_p: 0.8, seed: 1, ..greedy.clone() },
         SamplingParams { temperature: 0.8, top_k: 1, top_p: 0.4, seed: 2, ..greedy.clone() },
         SamplingParams { temperature: 1.5, repetition_penalty: 1.2, seed: u64::MAX, ..greedy.clone() },
@@ -31,7 +31,9 @@ pub fn sample<B: Backend>(make: Make<'_, B>) {
         logits[vocab_size - 1] = score;
         logits[vocab_size / 2] = score;
         let held = typed_buffer(&backend, DType::F32, rows + 1, vocab_size, &logits);
-        let seen: Vec<u32> = (0..20).map(|_| random.below(vocab_size) as u32).chain([0, 1, u32::MAX]).collect();
+        // The favourite of every row has been seen, as have ids that are not in the vocabulary.
+        let favourites = logits.chunks_exact(vocab_size).map(sampling::argmax);
+        let seen: Vec<u32> = favourites.chain([0, 0, vocab_size as u32, u32::MAX]).collect();
         let requests: Vec<SampleRequest<'_>> = (0..rows)
             .map(|row| SampleRequest { params: &params[row % params.len()], seen: &seen, index: row as u64 * 7 })
             .collect();

@@ -13,7 +13,8 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, dtype: DType) -> Vec<f32> {
     out
 }
 
-/// `weight (x - mean) / √(variance + eps) + bias`, biased variance, one rounding; x `[num_rows, width]`, weight and bias
+/// `weight (x - mean) / √(variance + eps) + bias`, biased variance, one rounding; x `[num_rows, width]`, weight and
+/// bias
 /// `[width]`.
 pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, dtype: DType) -> Vec<f32> {
     let mut out = Vec::with_capacity(x.len());

@@ -44,7 +44,7 @@ struct Tensor {
 
 /// The batch itself, and the limits it keeps to.
 pub(crate) struct PlainTables {
-    limits: StepLimits,
+    pub(crate) limits: StepLimits,
     pub(crate) batch: Batch,
 }
 
@@ -127,11 +127,15 @@ impl PlainBuffer {
 }
 
 impl PlainWeight {
-    fn shape(&self) -> &[usize] {
+    pub(crate) fn new(shape: &[usize], values: Vec<f32>) -> Self {
+        Self(Arc::new(Tensor { shape: shape.to_vec(), values, num_bytes: 0, _lease: None }))
+    }
+
+    pub(crate) fn shape(&self) -> &[usize] {
         &self.0.shape
     }
 
-    fn values(&self) -> &Vec<f32> {
+    pub(crate) fn values(&self) -> &Vec<f32> {
         &self.0.values
     }
 

@@ -1,5 +1,6 @@
-//! The conformance suite accepts a right backend.
+//! The conformance suite accepts a right backend, and notices what is wrong with others.
 
+mod faults;
 mod plain;
 
 use cogvlm_backend::conformance::ARENA_BYTES;

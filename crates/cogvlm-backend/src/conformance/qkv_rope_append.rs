@@ -219,7 +219,7 @@ pub fn qkv_rope_append<B: Backend>(make: Make<'_, B>) {
     verify_rejects(&case, "the slot before", &next_slot);
     let blocks_swapped = altered(&|case| case.batch.sequences[0].blocks.swap(0, 1));
     verify_rejects(&case, "blocks in another order", &blocks_swapped);
-    verify_rejects(&case, "interleaved pairs", &altered(&|case| case.rope = interleaved(&case.rope, 24)));
+    verify_rejects(&case, "angles of other pairs", &altered(&|case| case.rope = angles_of_other_pairs(&case.rope, 24)));
     if dtype != DType::F32 {
         let published =
             QkvRopeAppend::new([dtype; 2], [4, 2, 24], 40, &[(17, 17)], Routing::Image, RopeMode::Published);
@@ -232,9 +232,8 @@ pub fn qkv_rope_append<B: Backend>(make: Make<'_, B>) {
     refusals(backend, &case);
 }
 
-/// The angles of pair `j` given to pair `j / 2`, as though pairs lay side by side: not the rotation of interleaved
-/// pairs, but wrong in the same places.
-fn interleaved(rope: &[f32], head_dim: usize) -> Vec<f32> {
+/// The angles of pair `j / 2` given to pair `j`.
+fn angles_of_other_pairs(rope: &[f32], head_dim: usize) -> Vec<f32> {
     let half = head_dim / 2;
     let angle = |index: usize| {
         let (row, column) = (index / head_dim, index % head_dim);

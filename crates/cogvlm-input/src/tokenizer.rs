@@ -33,8 +33,8 @@ pub struct Tokenizer {
 }
 
 enum Model {
-    SentencePiece(SentencePiece),
-    Json(JsonTokenizer),
+    SentencePiece(Box<SentencePiece>),
+    Json(Box<JsonTokenizer>),
 }
 
 /// The ids with a meaning of their own, where the tokenizer names them.
@@ -69,13 +69,21 @@ impl Tokenizer {
         let bytes = read(&file)?;
         let config = TokenizerConfig::beside(&file)?;
         let model = if file.extension().is_some_and(|extension| extension == "json") {
-            Model::Json(JsonTokenizer::parse(&bytes, &file, &config)?)
+            Model::Json(Box::new(JsonTokenizer::parse(&bytes, &file, &config)?))
         } else {
-            let model = SentencePiece::parse(&bytes, config.legacy.unwrap_or(true));
-            let model = model.map_err(|problem| TokenizerError::Model { file: file.clone(), problem })?;
+            let model = parse_sentencepiece(&bytes, &file, config.legacy.unwrap_or(true))?;
             config.check_names(&model)?;
             Model::SentencePiece(model)
         };
+        Ok(Self { model: Arc::new(model) })
+    }
+
+    /// A SentencePiece model that is in memory, with `legacy` as without a configuration. `file` is its name in errors.
+    ///
+    /// # Errors
+    /// A model that is broken, or not a Llama tokenizer.
+    pub fn from_sentencepiece(bytes: &[u8], file: &Path) -> Result<Self, TokenizerError> {
+        let model = Model::SentencePiece(parse_sentencepiece(bytes, file, true)?);
         Ok(Self { model: Arc::new(model) })
     }
 
@@ -212,6 +220,12 @@ fn find_tokenizer(dir: &Path) -> Result<PathBuf, TokenizerError> {
     let candidates = ["tokenizer.model", "tokenizer.json"].map(|name| dir.join(name));
     let found = candidates.into_iter().find(|file| file.exists());
     found.ok_or_else(|| TokenizerError::Missing { dir: dir.to_owned() })
+}
+
+fn parse_sentencepiece(bytes: &[u8], file: &Path, legacy: bool) -> Result<Box<SentencePiece>, TokenizerError> {
+    SentencePiece::parse(bytes, legacy)
+        .map(Box::new)
+        .map_err(|problem| TokenizerError::Model { file: file.to_owned(), problem })
 }
 
 fn read(file: &Path) -> Result<Vec<u8>, TokenizerError> {

@@ -20,7 +20,7 @@ pub enum TokenizerError {
         dir: PathBuf,
     },
     /// The file cannot be read.
-    #[error("cannot read `{}`", file.display())]
+    #[error("cannot read `{}`: {source}", file.display())]
     Read {
         /// The file.
         file: PathBuf,
@@ -45,7 +45,7 @@ pub enum TokenizerError {
         problem: ModelProblem,
     },
     /// `tokenizer_config.json` is not what it should be.
-    #[error("`{}` is not a tokenizer configuration", file.display())]
+    #[error("`{}` is not a tokenizer configuration: {source}", file.display())]
     Config {
         /// The file.
         file: PathBuf,
@@ -70,7 +70,7 @@ pub enum TokenizerError {
         expected: &'static str,
     },
     /// `tokenizer.json` is not what it should be.
-    #[error("`{}` is not a tokenizer in the format of the tokenizers library", file.display())]
+    #[error("`{}` is not a tokenizer in the format of the tokenizers library: {source}", file.display())]
     Json {
         /// The file.
         file: PathBuf,
@@ -100,7 +100,7 @@ pub enum TokenizerError {
         name: String,
     },
     /// A `tokenizer.json` that has no token for a part of the text.
-    #[error("the tokenizer cannot encode the text")]
+    #[error("the tokenizer cannot encode the text: {source}")]
     Encode {
         /// What the library said.
         #[source]

@@ -166,11 +166,10 @@ impl NormalizerSpec {
         let mut fields = Fields::of(message);
         while let Some((number, value)) = fields.next()? {
             match (number, value) {
+                (2, Value::Bytes(map)) if map.bytes.is_empty() => {}
                 (2, Value::Bytes(map)) => {
-                    if !map.bytes.is_empty() {
-                        let found = format!("{} bytes", map.bytes.len());
-                        return Err(ModelProblem::Normaliser { setting: charsmap, found, expected: "none" });
-                    }
+                    let found = format!("{} bytes", map.bytes.len());
+                    return Err(ModelProblem::Normaliser { setting: charsmap, found, expected: "none" });
                 }
                 (3, Value::Varint(value)) => self.add_dummy_prefix = value != 0,
                 (4, Value::Varint(value)) => self.remove_extra_whitespaces = value != 0,

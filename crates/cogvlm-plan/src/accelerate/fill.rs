@@ -1,5 +1,7 @@
 //! The loop that fills one device after the other. One loop for both releases: what differs is in [`Rules`].
 
+use std::collections::HashSet;
+
 use super::error::AccelerateError;
 use super::memory::{DeviceKey, MaxMemory};
 use super::queue::{Entry, Queue};
@@ -15,6 +17,8 @@ use super::work::Work;
 pub(crate) struct Filled {
     /// Every module and tensor that was placed as one, in order of placement.
     pub(crate) placed: Vec<(NodeId, DeviceKey)>,
+    /// Those of them that were placed as partners of another entry.
+    pub(crate) partners: HashSet<NodeId>,
     /// For each device left empty, what the first refused entry would have needed.
     pub(crate) minimum_bytes: Vec<(DeviceKey, Size)>,
     /// Bytes in use by device, the reserve included where the device was left.
@@ -138,6 +142,7 @@ impl Fill<'_> {
             if let Some(at) = self.queue.position(holder) {
                 self.queue.remove(at);
                 self.filled.placed.push((holder, device));
+                self.filled.partners.insert(holder);
             }
         }
         Ok(())

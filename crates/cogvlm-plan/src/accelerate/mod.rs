@@ -173,7 +173,9 @@ fn buffer_warning(
     if arguments.offload_buffers.unwrap_or(false) {
         return Ok(None);
     }
-    let offloaded = filled.placed.iter().filter(|(node, device)| !device.is_card() && tree.is_module(*node));
+    // Upstream forgets the buffers of partners.
+    let counts = |node: &NodeId| tree.is_module(*node) && !filled.partners.contains(node);
+    let offloaded = filled.placed.iter().filter(|(node, device)| !device.is_card() && counts(node));
     let buffers = offloaded
         .map(|&(node, _)| buffer_size(tree, node, arguments.version, &arguments.widths))
         .sum::<Result<Size, _>>()?;

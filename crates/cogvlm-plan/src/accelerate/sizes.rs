@@ -1,5 +1,6 @@
 //! What every module and tensor counts, and the largest layers below it.
 
+use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 
 use super::element_type::ElementType;
@@ -37,13 +38,13 @@ pub(crate) struct Layers {
 impl Layers {
     const NONE: Self = Self { size: Size::ZERO, count: 0 };
 
-    /// The largest of both.
+    /// The largest of both; of equals this one's size.
     pub(crate) fn merge(&mut self, other: Self) {
         match other.size.cmp(&self.size) {
             _ if self.count == 0 => *self = other,
-            std::cmp::Ordering::Greater => *self = other,
-            std::cmp::Ordering::Equal => self.count += other.count,
-            std::cmp::Ordering::Less => {}
+            Ordering::Greater if other.count > 0 => *self = other,
+            Ordering::Equal => self.count += other.count,
+            _ => {}
         }
     }
 }
@@ -76,8 +77,10 @@ impl Sizes {
                 let parent = tree.parent(node);
                 of[parent] = of[parent] + of[node];
                 if class.is_some() {
-                    let below = layers[node];
-                    layers[parent].merge(below);
+                    // Children come last to first, and of equals the first is to be kept.
+                    let mut below = layers[node];
+                    below.merge(layers[parent]);
+                    layers[parent] = below;
                 }
             }
         }

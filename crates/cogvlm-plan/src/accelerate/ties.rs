@@ -25,7 +25,12 @@ impl<'t> Ties<'t> {
     pub(crate) fn new(tree: &'t ModuleTree, rules: &Rules) -> Self {
         let with_dot = rules.ties_match_with_dot;
         let tied_name = |&node: &NodeId| TiedName { node, pattern: pattern(tree.name(node), with_dot) };
-        let groups = tree.tied_groups().iter().map(|group| group.iter().map(tied_name).collect()).collect();
+        let is_found = |node: &&NodeId| {
+            let is_unlisted = tree.tensor(**node).is_some_and(|tensor| tensor.is_unlisted);
+            rules.finds_ties_within_module || !is_unlisted
+        };
+        let group = |nodes: &Vec<NodeId>| nodes.iter().filter(is_found).map(tied_name).collect();
+        let groups = tree.tied_groups().iter().map(group).collect();
         Self { tree, with_dot, by_prefix: rules.partners_first, groups }
     }
 

@@ -105,6 +105,8 @@ pub(crate) struct Tensor {
     pub(crate) element_type: ElementType,
     /// Another name of the same tensor comes first, under which it is counted.
     pub(crate) counted_elsewhere: bool,
+    /// That name belongs to the same module: PyTorch then never lists this one.
+    pub(crate) is_unlisted: bool,
 }
 
 impl ModuleTree {
@@ -169,12 +171,13 @@ impl ModuleTree {
         }
     }
 
-    /// Parameters that the module owns itself.
-    pub(crate) fn own_parameters(&self, node: NodeId) -> Range<NodeId> {
-        match self.kind(node) {
+    /// Parameters that the module owns itself, those of several names in it once.
+    pub(crate) fn own_parameters(&self, node: NodeId) -> impl Iterator<Item = NodeId> {
+        let own = match self.kind(node) {
             NodeKind::Module { first_buffer, .. } => node + 1..*first_buffer,
             _ => 0..0,
-        }
+        };
+        own.filter(|&node| self.tensor(node).is_none_or(|tensor| !tensor.is_unlisted))
     }
 
     /// Buffers that the module owns itself.
@@ -202,7 +205,8 @@ impl ModuleTree {
         self.children(node).next().is_some()
     }
 
-    /// Groups of parameters that are one tensor, each sorted by name, in order of their first names in the tree.
+    /// Groups of parameters that are one tensor, each sorted by name, in the order in which 0.24.1 finds them. (1.15.0
+    /// goes over a hash set.)
     pub(crate) fn tied_groups(&self) -> &[Vec<NodeId>] {
         &self.tied_groups
     }
@@ -233,18 +237,28 @@ impl ModuleTree {
                 groups.push(group);
             }
         }
-        groups.sort_by_key(|group| group.iter().min().copied());
+        groups.iter_mut().for_each(|group| group.sort_unstable());
+        groups.sort_by_key(|group| group.windows(2).filter_map(|pair| self.found_at(pair[0], pair[1])).min());
         for group in &mut groups {
-            let first = group.iter().min().copied().expect("groups have at least two names");
-            for &node in group.iter().filter(|&&node| node != first) {
+            let owners: Vec<NodeId> = group.iter().map(|&node| self.parent(node)).collect();
+            for (at, &node) in group.iter().enumerate().skip(1) {
                 if let NodeKind::Parameter(tensor) = &mut self.nodes[node].kind {
                     tensor.counted_elsewhere = true;
+                    tensor.is_unlisted = owners[at] == owners[at - 1];
                 }
             }
             group.sort_by(|&a, &b| self.nodes[a].name.cmp(&self.nodes[b].name));
         }
         self.tied_groups = groups;
         Ok(())
+    }
+
+    /// When 0.24.1 finds `name`, whose nearest earlier twin is `earlier`: it goes down the modules in order of
+    /// registration, and in each over the tensors in order, and finds a name in the first module that lacks the twin.
+    fn found_at(&self, earlier: NodeId, name: NodeId) -> Option<(NodeId, NodeId)> {
+        let modules = std::iter::successors(Some(self.parent(name)), |&module| Some(self.parent(module)));
+        let module = modules.take_while(|&module| module > earlier).last()?;
+        Some((module, name))
     }
 }
 
@@ -354,7 +368,7 @@ fn tensor(name: &str, shape: &[u64], dtype: &str) -> Result<Tensor, TreeError> {
     let num_elements = num_elements
         .filter(|&count| count < 1 << 63)
         .ok_or_else(|| TreeError::Elements { tensor: name.to_owned(), shape: shape.to_vec() })?;
-    Ok(Tensor { num_elements, element_type, counted_elsewhere: false })
+    Ok(Tensor { num_elements, element_type, counted_elsewhere: false, is_unlisted: false })
 }
 
 #[cfg(test)]
@@ -380,7 +394,7 @@ mod tests {
         let names: Vec<_> = (ROOT..tree.num_nodes()).map(|node| tree.name(node)).collect();
         assert_eq!(names, ["", "a", "a.scale", "a.table", "a.x", "a.x.weight", "a.y", "a.y.weight", "b", "b.weight"]);
         assert_eq!(tree.children(1).map(|node| tree.name(node)).collect::<Vec<_>>(), ["a.x", "a.y"]);
-        assert_eq!((tree.own_parameters(1), tree.own_buffers(1), tree.subtree(1)), (2..3, 3..4, 1..8));
+        assert_eq!((tree.own_parameters(1).collect(), tree.own_buffers(1), tree.subtree(1)), (vec![2], 3..4, 1..8));
         assert_eq!(tree.total_bytes(), Size::from_bytes(4 * (1 + 2 + 3 + 4)));
     }
 

@@ -53,10 +53,12 @@ pub(crate) struct Rules {
     pub(crate) zero_memory_string: bool,
     /// `dtype` does not narrow integer and bool tensors (0.27.0).
     pub(crate) integers_keep_width: bool,
-    /// Float8 types are known, and take a byte (0.27.0).
+    /// Float8 types are known, and take a byte.
     pub(crate) knows_float8: bool,
     /// Names of tied tensors are matched against a module's name with its dot (0.26.0), not against any substring.
     pub(crate) ties_match_with_dot: bool,
+    /// Two names of one tensor within one module count as tied.
+    pub(crate) finds_ties_within_module: bool,
     /// Partners are looked up for every entry, not only for one that fits by itself (1.2.0).
     pub(crate) partners_first: bool,
     /// An entry that fills its device to the byte is split where its partners do not fit as well (1.2.0).
@@ -75,6 +77,7 @@ const RULES_0_24_1: Rules = Rules {
     integers_keep_width: false,
     knows_float8: false,
     ties_match_with_dot: false,
+    finds_ties_within_module: false,
     partners_first: false,
     splits_exact_fit: false,
     root_buffers_move_on: false,
@@ -88,6 +91,7 @@ const RULES_1_15_0: Rules = Rules {
     integers_keep_width: true,
     knows_float8: true,
     ties_match_with_dot: true,
+    finds_ties_within_module: true,
     partners_first: true,
     splits_exact_fit: true,
     root_buffers_move_on: true,

@@ -8,7 +8,9 @@ use cogvlm_core::{Device, Phase, Unit, WeightGroup};
 
 use crate::error::PlanError;
 use crate::own::sizes::{Group, IMAGE_PROMPT_TEXT_TOKENS, Sizes, staging_bytes};
-use crate::plan::{DeviceBudget, DevicePlan, LinkPlan, Plan, Policy, Rates, Residency, STAGING_SLOTS, StagePlan, TensorPlacement};
+use crate::plan::{
+    DeviceBudget, DevicePlan, LinkPlan, Plan, Policy, Rates, Residency, STAGING_SLOTS, StagePlan, TensorPlacement,
+};
 
 /// Who executes each unit, and where each tensor rests.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,13 +64,18 @@ impl Placement {
                 *slot = staged.max(*slot);
             }
         }
-        let mut devices: Vec<_> = budgets.iter().map(|budget| self.device(sizes, budget, &weights, &slots, reserve_bytes)).collect();
+        let mut devices: Vec<_> =
+            budgets.iter().map(|budget| self.device(sizes, budget, &weights, &slots, reserve_bytes)).collect();
         devices.sort_by_key(|plan| plan.device);
         devices
     }
 
     fn device(
-        &self, sizes: &Sizes, budget: &DeviceBudget, weights: &BTreeMap<Device, u64>, slots: &BTreeMap<Device, u64>,
+        &self,
+        sizes: &Sizes,
+        budget: &DeviceBudget,
+        weights: &BTreeMap<Device, u64>,
+        slots: &BTreeMap<Device, u64>,
         reserve_bytes: u64,
     ) -> DevicePlan {
         let device = budget.device;
@@ -115,7 +122,14 @@ impl Placement {
             }
         }
         let plans = links.into_iter().filter(|(_, bytes)| *bytes != (0, 0));
-        plans.map(|((from, to), (bytes_per_token, bytes_per_image))| LinkPlan { from, to, bytes_per_token, bytes_per_image }).collect()
+        plans
+            .map(|((from, to), (bytes_per_token, bytes_per_image))| LinkPlan {
+                from,
+                to,
+                bytes_per_token,
+                bytes_per_image,
+            })
+            .collect()
     }
 
     /// Predicted times. A unit takes as long as the slower of its arithmetic or reads and its copies, which run
@@ -226,7 +240,11 @@ impl Placement {
     /// # Errors
     /// As [`check`](Self::check).
     pub(crate) fn into_plan(
-        self, sizes: &Sizes, request: &crate::plan::PlanRequest, policy: Policy, notices: Vec<String>,
+        self,
+        sizes: &Sizes,
+        request: &crate::plan::PlanRequest,
+        policy: Policy,
+        notices: Vec<String>,
     ) -> Result<Plan, PlanError> {
         let devices = self.devices(sizes, &request.budgets, request.reserve_bytes);
         Self::check(&devices)?;

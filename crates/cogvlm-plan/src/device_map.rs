@@ -34,16 +34,19 @@ impl Plan {
             places.entry(module).or_default().insert(device);
         }
         // A module that has children besides tensors of its own cannot stand for those tensors alone.
-        let has_children =
-            |module: &str| tensors.iter().any(|(_, other, _)| other.len() > module.len() && is_below(other, module));
+        let has_children = |module: &str| {
+            let below = format!("{module}.");
+            module.is_empty() || places.range(below.as_str()..).next().is_some_and(|(next, _)| next.starts_with(&below))
+        };
         let mut placed: Vec<(String, Device)> = Vec::new();
         let mut whole: Option<&str> = None;
-        let mut splits: BTreeMap<&str, bool> = BTreeMap::new();
         for &(name, module, device) in &tensors {
-            let split = *splits.entry(module).or_insert_with(|| places[module].len() > 1 || has_children(module));
-            if split {
+            if whole == Some(module) {
+                continue;
+            }
+            if places[module].len() > 1 || has_children(module) {
                 placed.push((name.to_owned(), device));
-            } else if whole != Some(module) {
+            } else {
                 placed.push((module.to_owned(), device));
                 whole = Some(module);
             }
@@ -93,19 +96,16 @@ fn follow(sizes: &Sizes, rests: &[Device], main: Option<Device>, notices: &mut V
     for unit in 0..sizes.units.len() {
         let groups = &sizes.groups[sizes.groups_of[unit].clone()];
         let cards = bytes_per_card(sizes, groups, rests);
-        if cards.len() > 1 {
-            let names: Vec<String> = cards.iter().map(|(card, _)| format!("`{card}`")).collect();
-            notices.push(format!("the map spreads {} over {}", sizes.units[unit], names.join(" and ")));
-        }
         // Of equals the card that holds the first tensor.
         let most = cards.iter().map(|(_, bytes)| *bytes).max();
         let card = cards.iter().find(|(_, bytes)| Some(*bytes) == most).map(|(card, _)| *card);
         executes_on.push(card.or(main).unwrap_or(Device::Cpu));
     }
     let (embedding, first_layer) = (sizes.num_vision, sizes.num_vision + 1);
-    if sizes.groups[sizes.groups_of[embedding].clone()].iter().all(|group| {
-        group.tensors.iter().all(|&tensor| !matches!(rests[tensor], Device::Gpu(_)))
-    }) {
+    if sizes.groups[sizes.groups_of[embedding].clone()]
+        .iter()
+        .all(|group| group.tensors.iter().all(|&tensor| !matches!(rests[tensor], Device::Gpu(_))))
+    {
         // Rows are looked up on the host and go straight to where they are needed.
         executes_on[embedding] = executes_on[first_layer];
     }
@@ -118,7 +118,13 @@ fn follow(sizes: &Sizes, rests: &[Device], main: Option<Device>, notices: &mut V
             let is_vector = sizes.inventory[tensor].shape.iter().filter(|&&size| size > 1).count() <= 1;
             let stays = group.group == WeightGroup::Norms || is_vector && partly_there;
             residency[tensor] = match rests[tensor] {
-                rests if on == Device::Cpu => if rests == Device::Disk { Residency::File } else { Residency::Host },
+                rests if on == Device::Cpu => {
+                    if rests == Device::Disk {
+                        Residency::File
+                    } else {
+                        Residency::Host
+                    }
+                }
                 rests if rests == on => Residency::Device,
                 _ if stays => {
                     kept += sizes.tensor_bytes(tensor);
@@ -128,6 +134,20 @@ fn follow(sizes: &Sizes, rests: &[Device], main: Option<Device>, notices: &mut V
                 Device::Cpu => Residency::Host,
                 Device::Disk => Residency::File,
             };
+        }
+    }
+    for (unit, groups) in sizes.groups_of.iter().enumerate() {
+        let tensors = sizes.groups[groups.clone()].iter().flat_map(|group| &group.tensors);
+        let peers: BTreeSet<Device> = tensors
+            .filter_map(|&tensor| match residency[tensor] {
+                Residency::Peer(card) => Some(card),
+                _ => None,
+            })
+            .collect();
+        if !peers.is_empty() {
+            let peers: Vec<String> = peers.iter().map(|card| format!("`{card}`")).collect();
+            let (unit, on, peers) = (sizes.units[unit], executes_on[unit], peers.join(" and "));
+            notices.push(format!("the map spreads {unit}: `{on}` executes it and streams the rest from {peers}"));
         }
     }
     if kept > 0 {
@@ -186,25 +206,31 @@ fn module_paths(spec: &ModelSpec) -> BTreeSet<String> {
 
 /// Replaces keys by the topmost module below which there are at least two and all on one device; a key that is alone
 /// below a module stays (spec of accelerate's `clean_device_map`).
-pub(crate) fn clean(placed: &[(String, Device)]) -> Vec<(String, Device)> {
-    let below = |prefix: &str| {
-        let mut keys = placed.iter().filter(|(key, _)| is_below(key, prefix)).map(|(_, device)| *device);
-        let first = keys.next();
-        let mut others = keys.peekable();
-        others.peek().is_some() && others.all(|device| Some(device) == first)
-    };
-    // Prefixes recur for every tensor of a module: judge each once.
-    let mut judged: BTreeMap<&str, bool> = BTreeMap::new();
-    let mut cleaned: Vec<(String, Device)> = Vec::new();
+fn clean(placed: &[(String, Device)]) -> Vec<(String, Device)> {
+    // Below each module: how many keys, and their device if it is one.
+    let mut below: BTreeMap<&str, (usize, Option<Device>)> = BTreeMap::new();
     for (key, device) in placed {
-        let prefixes: Vec<&str> = std::iter::successors(Some(key.as_str()), |name| parent(name)).skip(1).collect();
-        let topmost = prefixes.into_iter().rev().find(|prefix| *judged.entry(prefix).or_insert_with(|| below(prefix)));
-        let key = topmost.unwrap_or(key);
-        if cleaned.iter().rev().all(|(known, _)| known != key) {
+        for module in modules_above(key) {
+            let (count, common) = below.entry(module).or_insert((0, Some(*device)));
+            *count += 1;
+            *common = common.filter(|common| common == device);
+        }
+    }
+    let mut seen = BTreeSet::new();
+    let mut cleaned = Vec::new();
+    for (key, device) in placed {
+        let whole = modules_above(key).filter(|module| matches!(below[module], (2.., Some(_))));
+        let key = whole.last().unwrap_or(key);
+        if seen.insert(key) {
             cleaned.push((key.to_owned(), *device));
         }
     }
     cleaned
+}
+
+/// The modules that lead to `key`, innermost first; the last is `""`.
+fn modules_above(key: &str) -> impl Iterator<Item = &str> {
+    std::iter::successors(parent(key), |module| parent(module))
 }
 
 /// The path above `name`; `""` above the first component, nothing above that.
@@ -214,10 +240,6 @@ fn parent(name: &str) -> Option<&str> {
         None if name.is_empty() => None,
         None => Some(""),
     }
-}
-
-fn is_below(name: &str, prefix: &str) -> bool {
-    prefix.is_empty() || name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.') || rest.is_empty())
 }
 
 fn wrong(key: &str, problem: &str) -> PlanError {

@@ -92,17 +92,28 @@ impl Plan {
             device_map: self.device_map().into_iter().map(|(key, device)| (key, device_value(device))).collect(),
             placed: self.placed(),
             devices: self.devices.iter().map(device_entry).collect(),
-            stages: self.stages.iter().map(|stage| StageFile {
-                device: stage.device,
-                units: stage.units.iter().map(|&unit| unit_path(unit)).collect(),
-            }).collect(),
-            tensors_off_device: self.off_device().map(|(name, device)| (name.to_owned(), device_value(device))).collect(),
-            links: self.links.iter().map(|link| LinkFile {
-                from: link.from,
-                to: link.to,
-                bytes_per_token: link.bytes_per_token,
-                bytes_per_image: link.bytes_per_image,
-            }).collect(),
+            stages: self
+                .stages
+                .iter()
+                .map(|stage| StageFile {
+                    device: stage.device,
+                    units: stage.units.iter().map(|&unit| unit_path(unit)).collect(),
+                })
+                .collect(),
+            tensors_off_device: self
+                .off_device()
+                .map(|(name, device)| (name.to_owned(), device_value(device)))
+                .collect(),
+            links: self
+                .links
+                .iter()
+                .map(|link| LinkFile {
+                    from: link.from,
+                    to: link.to,
+                    bytes_per_token: link.bytes_per_token,
+                    bytes_per_image: link.bytes_per_image,
+                })
+                .collect(),
             predicted_seconds_per_token: self.seconds_per_token,
             predicted_seconds_per_image: self.seconds_per_image,
             notices: self.notices.clone(),
@@ -185,7 +196,8 @@ impl Plan {
         }
         Placement::check(&plan.devices)?;
         compare_links(&plan.links, &file.links)?;
-        let map: Map<String, Value> = plan.device_map().into_iter().map(|(key, device)| (key, device_value(device))).collect();
+        let map: Map<String, Value> =
+            plan.device_map().into_iter().map(|(key, device)| (key, device_value(device))).collect();
         if map != file.device_map {
             return Err(wrong("device_map", "does not follow from `stages` and `tensors_off_device`"));
         }
@@ -241,7 +253,10 @@ fn read_devices(devices: &Map<String, Value>) -> Result<BTreeMap<Device, DeviceF
             .ok_or_else(|| wrong(&field, "is no device: use a card's number, `cpu` or `disk`"))?;
         let file = DeviceFile::deserialize(value).map_err(|error| wrong(&field, &error.to_string()))?;
         if file.budget_bytes.is_none() != (device == Device::Disk) {
-            return Err(wrong(&format!("{field}.budget_bytes"), "is a number for every device but `disk`, which has none"));
+            return Err(wrong(
+                &format!("{field}.budget_bytes"),
+                "is a number for every device but `disk`, which has none",
+            ));
         }
         read.insert(device, file);
     }
@@ -281,7 +296,10 @@ fn read_stages(stages: &[StageFile], sizes: &Sizes, known: impl Fn(Device) -> bo
 }
 
 fn read_residency(
-    off_device: &Map<String, Value>, sizes: &Sizes, executes_on: &[Device], known: impl Fn(Device) -> bool,
+    off_device: &Map<String, Value>,
+    sizes: &Sizes,
+    executes_on: &[Device],
+    known: impl Fn(Device) -> bool,
 ) -> Result<Vec<Residency>, PlanError> {
     let mut residency = vec![Residency::Device; sizes.inventory.len()];
     let mut num_found = 0;
@@ -319,7 +337,8 @@ fn read_residency(
         }
     }
     if num_found < off_device.len() {
-        let names: std::collections::HashSet<&str> = sizes.inventory.iter().map(|tensor| tensor.name.as_str()).collect();
+        let names: std::collections::HashSet<&str> =
+            sizes.inventory.iter().map(|tensor| tensor.name.as_str()).collect();
         let unknown = off_device.keys().find(|name| !names.contains(name.as_str())).map_or("", String::as_str);
         return Err(wrong(&format!("tensors_off_device.{unknown}"), "is no tensor of this model"));
     }

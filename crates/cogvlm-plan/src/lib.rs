@@ -1,8 +1,12 @@
-//! cogvlm-plan
+//! Places a model on devices before anything is loaded: a pure function of the model's sizes and the budgets.
+//!
+//! [`plan()`] makes plans by policies of our own, [`accelerate`] reproduces accelerate's device maps exactly, and
+//! [`plan::Plan`] is what either comes to: who executes each unit, where each weight rests, what every device then
+//! holds and every link carries. Nothing here opens a file or knows a GPU.
 #![forbid(unsafe_code)]
 
-mod account;
 pub mod accelerate;
+mod account;
 mod device_map;
 mod error;
 mod json;

@@ -89,14 +89,29 @@ mod tests {
             ("0:1GiB,", "`` in `--max-memory` is empty: write a device and its budget, like `0:20GiB`"),
             ("0", "`0` in `--max-memory` has no budget: write it behind a colon, like `0:20GiB`"),
             ("0:", "`0:` in `--max-memory` has no budget behind its colon"),
-            ("gpu:1GiB", "`gpu:1GiB` in `--max-memory` names `gpu`, which is no device: use a card's number, `cpu` or `disk`"),
-            ("-1:1GiB", "`-1:1GiB` in `--max-memory` names `-1`, which is no device: use a card's number, `cpu` or `disk`"),
+            (
+                "gpu:1GiB",
+                "`gpu:1GiB` in `--max-memory` names `gpu`, which is no device: use a card's number, `cpu` or `disk`",
+            ),
+            (
+                "-1:1GiB",
+                "`-1:1GiB` in `--max-memory` names `-1`, which is no device: use a card's number, `cpu` or `disk`",
+            ),
             ("0:1GiB,cuda:0:2GiB", "`cuda:0:2GiB` in `--max-memory` is the second budget of `0`: give each device one"),
             ("0:0", "`0:0` in `--max-memory` is 0: give the device memory or leave it out"),
             ("cpu:0GiB", "`cpu:0GiB` in `--max-memory` is 0: give the device memory or leave it out"),
-            ("0:20TiB", "`0:20TiB` in `--max-memory` has the budget `20TiB`: write bytes, or a size like `20GiB`, `16000MB`"),
-            ("0:-5GiB", "`0:-5GiB` in `--max-memory` has the budget `-5GiB`: write bytes, or a size like `20GiB`, `16000MB`"),
-            ("0:infGiB", "`0:infGiB` in `--max-memory` has the budget `infGiB`: write bytes, or a size like `20GiB`, `16000MB`"),
+            (
+                "0:20TiB",
+                "`0:20TiB` in `--max-memory` has the budget `20TiB`: write bytes, or a size like `20GiB`, `16000MB`",
+            ),
+            (
+                "0:-5GiB",
+                "`0:-5GiB` in `--max-memory` has the budget `-5GiB`: write bytes, or a size like `20GiB`, `16000MB`",
+            ),
+            (
+                "0:infGiB",
+                "`0:infGiB` in `--max-memory` has the budget `infGiB`: write bytes, or a size like `20GiB`, `16000MB`",
+            ),
             (
                 "0:99999999999999999999",
                 "`0:99999999999999999999` in `--max-memory` has the budget `99999999999999999999`, which is more bytes \

@@ -19,8 +19,9 @@ impl Plan {
     /// that limit is searched for, which takes as long as some tens of plans.
     pub fn report(&self, request: Option<&PlanRequest>) -> String {
         let mut text = String::new();
-        self.write_head(&mut text);
-        self.write_devices(&mut text);
+        let unit = self.memory_unit();
+        self.write_head(&mut text, unit);
+        self.write_devices(&mut text, unit);
         self.write_links(&mut text);
         self.write_off_device(&mut text);
         self.write_times(&mut text);
@@ -31,21 +32,25 @@ impl Plan {
         text
     }
 
-    fn write_head(&self, text: &mut String) {
+    /// The unit of the memory table.
+    fn memory_unit(&self) -> (u64, &'static str) {
+        let largest = self.devices.iter().filter_map(|device| device.budget_bytes).max().unwrap_or(0);
+        if largest >= GIB { (GIB, "GiB") } else { (MIB, "MiB") }
+    }
+
+    fn write_head(&self, text: &mut String, (_, unit): (u64, &str)) {
         let policy = format!("{:?}", self.policy).to_lowercase();
         let (weights, activations) = (self.weight_dtype, self.activation_dtype);
         let limits = &self.limits;
         line(text, format_args!("{}: policy {policy}, {weights} weights, {activations} activations", self.model));
-        line(text, format_args!("planned for {} x {} tokens", limits.max_sequences, limits.context_len));
+        let (sequences, tokens) = (limits.max_sequences, limits.context_len);
+        line(text, format_args!("planned for {sequences} x {tokens} tokens; memory in {unit}"));
     }
 
-    fn write_devices(&self, text: &mut String) {
-        let largest = self.devices.iter().filter_map(|device| device.budget_bytes).max().unwrap_or(0);
-        let (unit, name) = if largest >= 10 * GIB { (GIB, "GiB") } else { (MIB, "MiB") };
+    fn write_devices(&self, text: &mut String, (unit, _): (u64, &str)) {
         let amount = |bytes: u64| format!("{:.2}", bytes as f64 / unit as f64);
-        let mut rows = vec![
-            [name, "executes", "weights", "KV", "work", "staging", "reserve", "free", "budget"].map(str::to_owned).to_vec(),
-        ];
+        let head = ["device", "executes", "weights", "KV", "work", "staging", "reserve", "free", "budget"];
+        let mut rows = vec![head.map(str::to_owned).to_vec()];
         for device in &self.devices {
             let units = self.units_on(device.device);
             let mut lines = wrap(&units, EXECUTES_WIDTH).into_iter();
@@ -122,12 +127,16 @@ impl Plan {
         };
         blank(text);
         let (token, image) = (ms(self.seconds_per_token), ms(self.seconds_per_image));
-        line(text, format_args!("predicted: {token} per token, {image} per image prefill (assumed rates, not measured)"));
+        line(
+            text,
+            format_args!("predicted: {token} per token, {image} per image prefill (assumed rates, not measured)"),
+        );
     }
 
     fn write_limit(&self, text: &mut String, request: Option<&PlanRequest>) {
         let off = |phase: Phase| {
-            let off = self.placements.iter().filter(|placement| placement.tensor.phase == phase && !placement.at_home());
+            let off =
+                self.placements.iter().filter(|placement| placement.tensor.phase == phase && !placement.at_home());
             off.map(|placement| placement.bytes).sum::<u64>()
         };
         let (hot, cold) = (off(Phase::EveryToken), off(Phase::ImagePrefill));
@@ -137,7 +146,8 @@ impl Plan {
         let only_host = self.devices.iter().all(|device| !matches!(device.device, Device::Gpu(_)));
         if only_host || (hot, cold) == (0, 0) {
             let tightest = self.devices.iter().filter(|device| device.used_bytes() > 0);
-            let tightest = tightest.filter_map(|device| Some((device.free_bytes()?, device.device, device.budget_bytes?))).min();
+            let tightest =
+                tightest.filter_map(|device| Some((device.free_bytes()?, device.device, device.budget_bytes?))).min();
             if let Some((free, device, budget)) = tightest {
                 let (free, budget) = (format_bytes(free), format_bytes(budget));
                 wrapped(text, "limit: ", &format!("`{device}` has the least room, {free} of {budget}"));
@@ -148,10 +158,18 @@ impl Plan {
             return;
         }
         let (what, lift) = if hot > 0 {
-            let good = |plan: &Self| plan.placements.iter().all(|placement| placement.tensor.phase != Phase::EveryToken || placement.at_home());
+            let good = |plan: &Self| {
+                plan.placements
+                    .iter()
+                    .all(|placement| placement.tensor.phase != Phase::EveryToken || placement.at_home())
+            };
             (format!("{} that every token needs do not fit on the cards", format_bytes(hot)), changes(&good))
         } else {
-            let good = |plan: &Self| plan.placements.iter().all(|placement| placement.tensor.phase == Phase::RowLookup || placement.at_home());
+            let good = |plan: &Self| {
+                plan.placements
+                    .iter()
+                    .all(|placement| placement.tensor.phase == Phase::RowLookup || placement.at_home())
+            };
             (format!("{} of vision weights cross a link for every image", format_bytes(cold)), changes(&good))
         };
         wrapped(text, "limit: ", &what);
@@ -244,7 +262,9 @@ const WEIGHTS_WIDTH: usize = 66;
 /// Rows in columns two blanks apart; `left` are the columns that stand on the left.
 fn table(text: &mut String, rows: &[Vec<String>], left: &[usize]) {
     let num_columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0);
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
     let widths: Vec<usize> = (0..num_columns).map(width).collect();
     for row in rows {
         let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, &width))| {

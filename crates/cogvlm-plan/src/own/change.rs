@@ -69,7 +69,9 @@ pub(crate) fn longest_context(request: &PlanRequest) -> Option<usize> {
     let all_at_home = |tokens: usize| {
         let changed = apply(request, Change::Context(tokens));
         let at_home = |plan: &Plan| {
-            plan.placements.iter().all(|placement| placement.residency.place(placement.executes_on) == placement.executes_on)
+            plan.placements
+                .iter()
+                .all(|placement| placement.residency.place(placement.executes_on) == placement.executes_on)
         };
         matches!(try_plan(&changed), Ok(Some(plan)) if at_home(&plan))
     };
@@ -126,7 +128,8 @@ fn least_budget(from: u64, enough: u64, does: impl Fn(u64) -> bool) -> Option<u6
     if from >= enough {
         return None;
     }
-    let (step, unit): (fn(u64) -> u64, u64) = if enough > 8 * GIB { (tenths_of_gib, GIB / 10) } else { (|n| n * MIB, MIB) };
+    let (step, unit): (fn(u64) -> u64, u64) =
+        if enough > 8 * GIB { (tenths_of_gib, GIB / 10) } else { (|n| n * MIB, MIB) };
     let low = (from / unit..).find(|&n| step(n) > from)? as usize;
     let high = (enough / unit..).find(|&n| step(n) >= enough)? as usize;
     // The search below looks for the most; look for the most that can be taken away.

@@ -81,7 +81,13 @@ impl TextCuts {
 
 impl Planner<'_> {
     /// Cuts the text units over `cards` (indices in ascending order), with the whole vision tower on card `vision_on`.
-    pub(crate) fn cut_text(&self, cards: &[usize], vision_on: usize, rule: TextRule, with_table: bool) -> Option<TextCuts> {
+    pub(crate) fn cut_text(
+        &self,
+        cards: &[usize],
+        vision_on: usize,
+        rule: TextRule,
+        with_table: bool,
+    ) -> Option<TextCuts> {
         let (first, num_units) = (self.sizes.num_vision, self.sizes.num_text());
         let vision = 0..first;
         let share = |card: usize, text: Range<usize>| Share {
@@ -248,7 +254,8 @@ impl Planner<'_> {
     pub(crate) fn resident_bytes(&self, share: &Share) -> u64 {
         let (sizes, Share { vision, text }) = (&self.sizes, share);
         let table = if text.contains(&sizes.num_vision) { sizes.table_bytes } else { 0 };
-        let weights = sizes.norm_bytes(text) + sizes.hot_bytes(text) + sizes.cold_bytes(text) + sizes.cold_bytes(vision);
+        let weights =
+            sizes.norm_bytes(text) + sizes.hot_bytes(text) + sizes.cold_bytes(text) + sizes.cold_bytes(vision);
         weights + table + sizes.kv_bytes(text) + sizes.workspace_bytes(vision, text)
     }
 

@@ -6,11 +6,12 @@
 //! Whatever the policy, hot weights stay on cards where the cards can hold them, and nothing rests off the cards where
 //! they can hold everything.
 
+use cogvlm_core::memory::format_bytes;
 use cogvlm_core::{Device, Phase};
 
 use crate::account::{Placement, Times};
 use crate::error::PlanError;
-use crate::plan::{Plan, PlanRequest, Policy, Residency};
+use crate::plan::{Plan, PlanRequest, Policy};
 use cut::{Caps, Cut, TextRule, VisionRule};
 use pack::Share;
 use settle::Settled;
@@ -240,7 +241,11 @@ impl<'a> Planner<'a> {
     fn notices(&self, placement: &Placement) -> Vec<String> {
         let mut notices = Vec::new();
         for card in &self.cards {
-            let rests = self.sizes.groups.iter().flat_map(|group| group.tensors.iter().map(move |tensor| (group.unit, *tensor)));
+            let rests = self
+                .sizes
+                .groups
+                .iter()
+                .flat_map(|group| group.tensors.iter().map(move |tensor| (group.unit, *tensor)));
             let holds = |(unit, tensor): (usize, usize)| {
                 placement.residency[tensor].place(placement.executes_on[unit]) == card.device
             };
@@ -248,11 +253,20 @@ impl<'a> Planner<'a> {
                 notices.push(format!("`{}` is not used", card.device));
             }
         }
-        let hot_off = self.sizes.groups.iter().any(|group| {
-            group.phase == Phase::EveryToken && placement.residency[group.tensors[0]] != Residency::Device
+        let on_host = placement.executes_on[self.sizes.num_vision + 1..].iter().filter(|on| **on == Device::Cpu);
+        let num_on_host = on_host.count();
+        if num_on_host > 0 && !self.cards.is_empty() {
+            let num_layers = num_on_host.min(self.sizes.spec.num_layers);
+            notices.push(format!("decoding is bound by the host: {num_layers} decoder layers are executed there"));
+        }
+        let streamed = self.sizes.groups.iter().filter(|group| {
+            let (on, residency) = (placement.executes_on[group.unit], placement.residency[group.tensors[0]]);
+            group.phase == Phase::EveryToken && residency.place(on) != on
         });
-        if hot_off && !self.cards.is_empty() {
-            notices.push("the cards do not hold the weights that every token needs: decoding is bound by the host".to_owned());
+        let streamed_bytes: u64 = streamed.map(|group| group.bytes).sum();
+        if streamed_bytes > 0 {
+            let streamed = format_bytes(streamed_bytes);
+            notices.push(format!("decoding is bound by links: {streamed} are streamed for every token"));
         }
         if self.request.limits.context_len > self.request.spec.max_position_embeddings {
             notices.push(format!(
@@ -278,4 +292,3 @@ fn compare(a: &[f64; 3], b: &[f64; 3]) -> std::cmp::Ordering {
     let firsts = a.iter().zip(b).map(|(a, b)| a.total_cmp(b));
     firsts.fold(std::cmp::Ordering::Equal, std::cmp::Ordering::then)
 }
-

@@ -60,16 +60,19 @@ impl Sizes {
 
     /// As [`pack`](Self::pack); calls `keep` with every range of groups that stays.
     pub(crate) fn pack_groups(
-        &self, capacity: u64, share: &Share, with_table: bool, keep: &mut dyn FnMut(Range<usize>),
+        &self,
+        capacity: u64,
+        share: &Share,
+        with_table: bool,
+        keep: &mut dyn FnMut(Range<usize>),
     ) -> Option<Packed> {
         let (streamed, _) = self.best_ring(capacity, share, with_table)?;
         self.pack_with(streamed, capacity, share, with_table, Some(keep))
     }
 
     fn best_ring(&self, capacity: u64, share: &Share, with_table: bool) -> Option<(Streamed, Packed)> {
-        let try_ring = |streamed| {
-            self.pack_with(streamed, capacity, share, with_table, None).map(|packed| (streamed, packed))
-        };
+        let try_ring =
+            |streamed| self.pack_with(streamed, capacity, share, with_table, None).map(|packed| (streamed, packed));
         if let Some(whole) = try_ring(Streamed::Nothing) {
             return Some(whole);
         }
@@ -78,7 +81,12 @@ impl Sizes {
     }
 
     fn pack_with<'a>(
-        &'a self, streamed: Streamed, capacity: u64, share: &Share, with_table: bool, keep: Option<&'a mut dyn FnMut(Range<usize>)>,
+        &'a self,
+        streamed: Streamed,
+        capacity: u64,
+        share: &Share,
+        with_table: bool,
+        keep: Option<&'a mut dyn FnMut(Range<usize>)>,
     ) -> Option<Packed> {
         let Share { vision, text } = share;
         let table = text.contains(&self.num_vision);

@@ -77,7 +77,8 @@ impl Sizes {
         let bytes = |range: &Range<usize>| groups[range.clone()].iter().map(|group| group.bytes).sum::<u64>();
         let slot_bytes = |unit: usize| {
             let inside = groups[groups_of[unit].clone()].iter();
-            let streamable = inside.filter(|group| group.group != WeightGroup::Norms && group.phase != Phase::RowLookup);
+            let streamable =
+                inside.filter(|group| group.group != WeightGroup::Norms && group.phase != Phase::RowLookup);
             streamable.map(|group| group.staged_bytes).max().unwrap_or(0)
         };
         let mut prefill_flops = vec![0.0];

@@ -40,7 +40,7 @@ pub fn streamed_token_bytes(plan: &Plan, spec: &ModelSpec) -> u64 {
         let unit = pair[1].units[0];
         matches!(unit, cogvlm_core::Unit::DecoderLayer(_) | cogvlm_core::Unit::Head)
     });
-    token_bytes(plan) - hops.count() as u64 * spec.hidden_size as u64 * 2
+    token_bytes(plan) - (hops.count() * spec.hidden_size * plan.activation_dtype.size_bytes()) as u64
 }
 
 pub fn weights_on(plan: &Plan, device: Device) -> u64 {

@@ -62,9 +62,15 @@ fn cut_or_damaged_files_are_refused() {
 
     let mut checksum = golden("rgb.png");
     checksum[30] ^= 1;
-    damaged(&checksum, "PNG", "CRC");
+    damaged(
+        &checksum,
+        "PNG",
+        "Format error decoding Png: CRC error: expected 0x4e87b0f9 have 0x4e86b0f9 while decoding \
+         ChunkType { type: IHDR, critical: true, private: false, reserved: false, safecopy: false } chunk.",
+    );
     damaged(b"\xff\xd8\xff\xd9", "JPEG", "\"Premature End of image\"");
-    damaged(b"GIF87a\x05\0\x05\0\0\0\0;", "GIF", "it has no picture");
+    damaged(b"GIF87a\x05\0\x05\0\0\0\0;", "GIF", "Unexpected End of File");
+    damaged(b"GIF87a\x05\0\x05\0\0\0\0;\0", "GIF", "it has no picture");
     let two_colours = patched("flat.gif", b"GIF87a", &[37, 0, 21, 0, 0x80]);
     damaged(&two_colours, "GIF", "unknown block type encountered");
     let mut colour_outside = golden("flat.gif");

@@ -81,7 +81,7 @@ fn read_piece(message: Message<'_>, id: usize) -> Result<Piece, ModelProblem> {
     }
     let text = std::str::from_utf8(text).map_err(|_| ModelProblem::PieceNotUtf8 { id })?.to_owned();
     if !score.is_finite() {
-        return Err(ModelProblem::BadScore { piece: text, id, score: score.to_string() });
+        return Err(ModelProblem::BadScore { piece: shown(&text), id, score: score.to_string() });
     }
     let kind = match kind {
         1 => PieceKind::Normal,
@@ -89,7 +89,7 @@ fn read_piece(message: Message<'_>, id: usize) -> Result<Piece, ModelProblem> {
         3 => PieceKind::Control,
         6 => match byte_of(&text) {
             Some(byte) => PieceKind::Byte(byte),
-            None => return Err(ModelProblem::BadBytePiece { piece: text, id }),
+            None => return Err(ModelProblem::BadBytePiece { piece: shown(&text), id }),
         },
         other => {
             let found = match other {
@@ -97,10 +97,15 @@ fn read_piece(message: Message<'_>, id: usize) -> Result<Piece, ModelProblem> {
                 5 => "unused".to_owned(),
                 number => number.to_string(),
             };
-            return Err(ModelProblem::PieceType { piece: text, id, found });
+            return Err(ModelProblem::PieceType { piece: shown(&text), id, found });
         }
     };
     Ok(Piece { text, score, kind })
+}
+
+/// A piece as a message shows it: control characters escaped.
+pub(super) fn shown(piece: &str) -> String {
+    piece.escape_debug().to_string()
 }
 
 /// The byte of a piece `<0x00>` … `<0xFF>`, upper case as SentencePiece writes it.

@@ -40,13 +40,13 @@ impl SentencePiece {
         for (id, piece) in pieces.iter().enumerate() {
             let id_u32 = u32::try_from(id).expect("read_pieces limits their number");
             if let Some(first) = ids.insert(piece.text.clone(), id_u32) {
-                let piece = piece.text.clone();
+                let piece = model_file::shown(&piece.text);
                 return Err(ModelProblem::DuplicatePiece { piece, first: first as usize, second: id });
             }
             match piece.kind {
                 PieceKind::Byte(byte) => byte_ids[usize::from(byte)] = Some(id_u32),
                 PieceKind::Unknown if unknown.replace(id).is_some() => {
-                    return Err(ModelProblem::SecondUnknown { piece: piece.text.clone(), id });
+                    return Err(ModelProblem::SecondUnknown { piece: model_file::shown(&piece.text), id });
                 }
                 PieceKind::Unknown | PieceKind::Normal | PieceKind::Control => {}
             }

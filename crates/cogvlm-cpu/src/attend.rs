@@ -8,7 +8,7 @@ use half::bf16;
 
 use crate::element::Element;
 use crate::scratch::{Scratch, grown};
-use crate::simd::{self, Isa, PANEL, math};
+use crate::simd::{self, Isa, PANEL, math, vectorised};
 
 /// Queries of a block.
 pub(crate) const QUERY_ROWS: usize = 192;
@@ -77,11 +77,13 @@ impl<'a, T: Element, K: Fn(usize) -> &'a [T], V: Fn(usize) -> &'a [T]> Attend<'a
                 let scores = &mut scores[query * KEY_ROWS..][..depth];
                 let visible = self.visible(query).saturating_sub(first_key).min(keys.len());
                 let sums = &mut sums[query * stride..][..stride];
-                isa.vectorised(|| accumulate_softmax(scores, visible, self.scale(), &mut softmax[query], sums));
+                vectorised!(isa, accumulate_softmax(scores, visible, self.scale(), &mut softmax[query], sums));
                 if use_pairs {
                     let probabilities: &mut [bf16] = cast_slice_mut(&mut probabilities[query * KEY_ROWS..][..depth]);
-                    isa.vectorised(|| {
-                        probabilities.iter_mut().zip(scores).for_each(|(to, from)| *to = Element::of(*from))
+                    vectorised!(isa, {
+                        for (to, from) in probabilities.iter_mut().zip(scores) {
+                            *to = Element::of(*from);
+                        }
                     });
                 }
             }
@@ -163,9 +165,13 @@ pub(crate) fn accumulate_softmax(
         let shrink = math::exp(*greatest - now);
         *greatest = now;
         *total *= shrink;
-        sums.iter_mut().for_each(|sum| *sum *= shrink);
+        for sum in sums {
+            *sum *= shrink;
+        }
     }
     let base = *greatest;
-    seen.iter_mut().for_each(|score| *score = math::exp(*score * scale - base));
+    for score in &mut *seen {
+        *score = math::exp(*score * scale - base);
+    }
     *total += math::sum(seen, |share| share);
 }

@@ -10,6 +10,7 @@
 mod attend;
 mod backend;
 mod buffer;
+pub mod ceiling;
 mod element;
 mod matmul;
 mod memory;

@@ -9,7 +9,7 @@ use crate::buffer::CpuBuffer;
 use crate::element::Element;
 use crate::scratch::{Scratch, grown};
 use crate::shape::{expect_buffer, expect_heads};
-use crate::simd::{self, Isa};
+use crate::simd::{self, Isa, vectorised};
 use crate::tables::CpuTables;
 use crate::{scratch, tiles};
 
@@ -123,12 +123,14 @@ fn attend_one<'a, 's, T: Element>(
                 simd::dots_f32(isa, rows, head_dim, T::DTYPE, bytemuck::cast_slice(keys), scores, BLOCK_LEN);
             }
         }
-        isa.vectorised(|| {
+        vectorised!(isa, {
             accumulate_softmax(&mut scores[..count], count, scale, &mut softmax, sums);
             for (index, &share) in scores[..count].iter().enumerate() {
                 let token = first + index;
                 let value = &page(token / BLOCK_LEN, 1)[token % BLOCK_LEN * head_dim..][..head_dim];
-                sums.iter_mut().zip(value).for_each(|(sum, value)| *sum += share * value.get());
+                for (sum, value) in sums.iter_mut().zip(value) {
+                    *sum += share * value.get();
+                }
             }
         });
     }

@@ -9,7 +9,7 @@ use crate::buffer::CpuBuffer;
 use crate::element::Element;
 use crate::matmul::{Input, Product};
 use crate::shape::{expect_ranges, expect_weight};
-use crate::simd::math;
+use crate::simd::{math, vectorised};
 use crate::weight::CpuWeight;
 
 pub(crate) fn gate_up<T: Element>(
@@ -33,7 +33,7 @@ pub(crate) fn gate_up<T: Element>(
         let weights = [expert_weight(OP, gate, range)?, expert_weight(OP, up, range)?];
         let product = Product { input: Input::Rows(x), rows: range.rows.clone(), depth, weights };
         product.finish_rows(cpu.isa, &cpu.pool, out, width, |_, _, [gate, up], out| {
-            cpu.isa.vectorised(|| {
+            vectorised!(cpu.isa, {
                 for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
                     *out = T::of(T::round(math::silu(T::round(*gate))) * T::round(*up));
                 }

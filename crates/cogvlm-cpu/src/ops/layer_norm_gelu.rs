@@ -7,7 +7,7 @@ use crate::backend::CpuBackend;
 use crate::buffer::CpuBuffer;
 use crate::element::Element;
 use crate::shape::{expect_buffer, expect_weight};
-use crate::simd::math;
+use crate::simd::{math, vectorised};
 use crate::tiles;
 use crate::weight::CpuWeight;
 
@@ -37,7 +37,7 @@ pub(crate) fn layer_norm_gelu<T: Element>(
         for row in tile.rows() {
             let x = tile.row(row);
             before.copy_from_slice(x);
-            cpu.isa.vectorised(|| {
+            vectorised!(cpu.isa, {
                 normalise(&before, weight, bias, eps, x, |x, normed| *x = T::of(math::gelu(T::round(normed))));
             });
         }

@@ -7,6 +7,7 @@ use crate::backend::CpuBackend;
 use crate::buffer::CpuBuffer;
 use crate::element::Element;
 use crate::shape::{expect_buffer, expect_weight};
+use crate::simd::vectorised;
 use crate::tiles;
 use crate::weight::CpuWeight;
 
@@ -37,7 +38,7 @@ pub(crate) fn layer_norm_residual<T: Element>(
     tiles::for_each(&cpu.pool, residual, width, &tiles::row_blocks(0..rows, ROWS, 1), width, |mut tile| {
         for row in tile.rows() {
             let (branch, residual) = (&branch[row * width..][..width], tile.row(row));
-            cpu.isa.vectorised(|| {
+            vectorised!(cpu.isa, {
                 normalise(branch, weight, bias, eps, residual, |residual, normed| {
                     *residual = T::of(residual.get() + T::round(normed));
                 });

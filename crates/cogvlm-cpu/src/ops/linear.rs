@@ -7,7 +7,7 @@ use crate::buffer::CpuBuffer;
 use crate::element::Element;
 use crate::matmul::{Input, Product};
 use crate::shape::{expect_buffer, expect_weight};
-use crate::simd::math;
+use crate::simd::{math, vectorised};
 use crate::weight::CpuWeight;
 
 pub(crate) fn linear<T: Element>(
@@ -32,12 +32,18 @@ pub(crate) fn linear<T: Element>(
     let out = out.view_mut::<T>(OP, "out")?;
     product.finish_rows(cpu.isa, &cpu.pool, out, width, |_, columns, [sums], out| {
         let bias = &bias[columns];
-        cpu.isa.vectorised(|| {
+        vectorised!(cpu.isa, {
             let elements = out.iter_mut().zip(sums).zip(bias);
             match activation {
-                Activation::Identity => elements.for_each(|((out, sum), bias)| *out = T::of(*sum + bias)),
+                Activation::Identity => {
+                    for ((out, sum), bias) in elements {
+                        *out = T::of(*sum + bias);
+                    }
+                }
                 Activation::Gelu => {
-                    elements.for_each(|((out, sum), bias)| *out = T::of(math::gelu(T::round(*sum + bias))));
+                    for ((out, sum), bias) in elements {
+                        *out = T::of(math::gelu(T::round(*sum + bias)));
+                    }
                 }
             }
         });

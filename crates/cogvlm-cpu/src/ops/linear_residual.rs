@@ -9,6 +9,7 @@ use crate::buffer::CpuBuffer;
 use crate::element::Element;
 use crate::matmul::{Input, Product};
 use crate::shape::{expect_ranges, expect_weight};
+use crate::simd::vectorised;
 use crate::weight::CpuWeight;
 
 pub(crate) fn linear_residual<T: Element>(
@@ -30,9 +31,10 @@ pub(crate) fn linear_residual<T: Element>(
         let weight = expert_weight(OP, weights, range)?;
         let product = Product { input: Input::Rows(x), rows: range.rows.clone(), depth, weights: [weight] };
         product.finish_rows(cpu.isa, &cpu.pool, residual, width, |_, _, [sums], residual| {
-            cpu.isa.vectorised(|| {
-                let elements = residual.iter_mut().zip(sums);
-                elements.for_each(|(residual, sum)| *residual = T::of(residual.get() + T::round(*sum)));
+            vectorised!(cpu.isa, {
+                for (residual, sum) in residual.iter_mut().zip(sums) {
+                    *residual = T::of(residual.get() + T::round(*sum));
+                }
             });
         });
     }

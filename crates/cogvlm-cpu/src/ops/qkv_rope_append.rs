@@ -11,6 +11,7 @@ use crate::buffer::CpuBuffer;
 use crate::element::Element;
 use crate::matmul::{Input, Product};
 use crate::shape::{expect, expect_buffer, expect_heads, expect_ranges, expect_weight};
+use crate::simd::vectorised;
 use crate::tables::CpuTables;
 use crate::tiles::Disjoint;
 use crate::weight::CpuWeight;
@@ -71,12 +72,14 @@ pub(crate) fn qkv_rope_append<T: Element>(
                     // SAFETY: as above; slots of different rows differ (`CpuTables::set`), and so do their parts.
                     unsafe { kv.part(start..start + head_dim) }
                 };
-                cpu.isa.vectorised(|| {
+                vectorised!(cpu.isa, {
                     if head < num_heads + num_kv_heads {
                         let angles = &rope[batch.position_ids[row] as usize * head_dim..][..head_dim];
                         rotate(sums, angles, mode, destination);
                     } else {
-                        destination.iter_mut().zip(sums).for_each(|(to, sum)| *to = T::of(*sum));
+                        for (to, sum) in destination.iter_mut().zip(sums) {
+                            *to = T::of(*sum);
+                        }
                     }
                 });
             }

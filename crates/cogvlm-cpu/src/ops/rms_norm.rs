@@ -6,7 +6,7 @@ use crate::backend::CpuBackend;
 use crate::buffer::CpuBuffer;
 use crate::element::Element;
 use crate::shape::{expect_buffer, expect_weight};
-use crate::simd::math;
+use crate::simd::{math, vectorised};
 use crate::tiles;
 use crate::weight::CpuWeight;
 
@@ -49,11 +49,12 @@ pub(super) fn norm_rows<T: Element>(
         for row in tile.rows() {
             let x = &x[source(row) * width..][..width];
             let out = tile.row(row);
-            cpu.isa.vectorised(|| {
+            vectorised!(cpu.isa, {
                 let mean_square = math::sum(x, |value| value.get() * value.get()) / width as f32;
                 let scale = 1.0 / (mean_square + eps).sqrt();
-                let elements = out.iter_mut().zip(x).zip(weight);
-                elements.for_each(|((out, x), weight)| *out = T::of(weight * (x.get() * scale)));
+                for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                    *out = T::of(weight * (x.get() * scale));
+                }
             });
         }
     });

@@ -353,24 +353,40 @@ unsafe fn dot_block<S: Sides, const M: usize, const R: usize>(
     // SAFETY: by the contract: elements from k on, as many as the mask selects, of each row; and the features.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); M]; R];
-        let mut step = |k: usize, mask: u32| {
-            for (column, sums) in sums.iter_mut().enumerate() {
-                let w = S::w(w.add((column * depth + k) * S::W_BYTES), mask);
-                for (row, sum) in sums.iter_mut().enumerate() {
-                    *sum = S::add(*sum, S::x(x.add((row * depth + k) * S::X_BYTES), mask), w);
-                }
-            }
-        };
         let whole = depth / S::STEP * S::STEP;
         for k in (0..whole).step_by(S::STEP) {
-            step(k, u32::MAX);
+            dot_step::<S, M, R>(x, w, depth, k, u32::MAX, &mut sums);
         }
         if whole < depth {
-            step(whole, (1 << (depth - whole)) - 1);
+            dot_step::<S, M, R>(x, w, depth, whole, (1 << (depth - whole)) - 1, &mut sums);
         }
         for (column, sums) in sums.iter().enumerate() {
             for (row, &sum) in sums.iter().enumerate() {
                 *c.add(row * ldc + column) = _mm512_reduce_add_ps(sum);
+            }
+        }
+    }
+}
+
+/// The elements of [`dot_block`] from `k` on that `mask` selects.
+///
+/// # Safety
+/// As [`dots`].
+#[inline(always)]
+unsafe fn dot_step<S: Sides, const M: usize, const R: usize>(
+    x: *const u8,
+    w: *const u8,
+    depth: usize,
+    k: usize,
+    mask: u32,
+    sums: &mut [[__m512; M]; R],
+) {
+    // SAFETY: elements from k on, as many as the mask selects, of each row, by the contract; and the features.
+    unsafe {
+        for (column, sums) in sums.iter_mut().enumerate() {
+            let w = S::w(w.add((column * depth + k) * S::W_BYTES), mask);
+            for (row, sum) in sums.iter_mut().enumerate() {
+                *sum = S::add(*sum, S::x(x.add((row * depth + k) * S::X_BYTES), mask), w);
             }
         }
     }

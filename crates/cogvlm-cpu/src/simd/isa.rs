@@ -57,6 +57,18 @@ impl Isa {
     }
 }
 
+/// [`Isa::vectorised`] of a block that is inlined whatever its length: what is called instead would be compiled for the
+/// baseline. Write loops as `for` in it; adaptors that take closures may not be inlined.
+macro_rules! vectorised {
+    ($isa:expr, $work:expr $(,)?) => {
+        $isa.vectorised(
+            #[inline(always)]
+            || $work,
+        )
+    };
+}
+pub(crate) use vectorised;
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn avx2<R>(work: impl FnOnce() -> R) -> R {

@@ -15,6 +15,7 @@ use cogvlm_core::DType;
 
 pub use isa::Isa;
 use isa::Level;
+pub(crate) use isa::vectorised;
 
 /// Columns of a packed panel, and of the block of sums that an inner loop holds.
 pub(crate) const PANEL: usize = 32;
@@ -25,7 +26,7 @@ pub(crate) fn pack_f32(isa: Isa, dtype: DType, rows: &[&[u8]], panel: &mut [f32]
         // SAFETY: values of these levels exist only where the features were found.
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 | Level::Avx512Bf16 => unsafe { avx512::pack_f32(dtype, rows, panel) },
-        _ => isa.vectorised(|| portable::pack_f32(dtype, rows, panel)),
+        _ => vectorised!(isa, portable::pack_f32(dtype, rows, panel)),
     }
 }
 
@@ -80,7 +81,7 @@ pub(crate) fn dots_f32(isa: Isa, x: &[f32], depth: usize, dtype: DType, w: &[u8]
         // SAFETY: as in `pack_f32`.
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 | Level::Avx512Bf16 => unsafe { avx512::dots_f32(x, depth, dtype, w, c, ldc) },
-        _ => isa.vectorised(|| portable::dots_f32(x, depth, dtype, w, c, ldc)),
+        _ => vectorised!(isa, portable::dots_f32(x, depth, dtype, w, c, ldc)),
     }
 }
 

@@ -36,16 +36,16 @@ pub enum SourceError {
 }
 
 impl ModelSource {
-    /// Opens what a user calls `MODEL`: `NAME@SEED` where NAME is a built-in configuration, else a directory. (A
-    /// directory of such a name is opened as `./NAME@SEED`.)
+    /// Opens what a user calls `MODEL`: `NAME@SEED` where NAME is a built-in configuration or a `.json` file with one,
+    /// else a directory. (A directory of such a name is opened as `./NAME@SEED`.)
     ///
     /// # Errors
     /// As [`SyntheticModel::parse`] and [`Checkpoint::open`].
     pub fn open(model: &str) -> Result<Self, SourceError> {
-        let names_built_in = |name: &str| ModelConfig::built_in(name).is_some();
-        let name = model.split_once('@').map_or(model, |(name, _)| name);
+        let name = model.rsplit_once('@').map_or(model, |(name, _)| name);
         let path = Path::new(model);
-        if names_built_in(name) && (model.contains('@') || !path.exists()) {
+        let names_config = ModelConfig::built_in(name).is_some() || name.ends_with(".json");
+        if names_config && (model.contains('@') || !path.exists()) {
             return Ok(Self::Synthetic(Arc::new(SyntheticModel::parse(model)?)));
         }
         Ok(Self::Checkpoint(Checkpoint::open(path)?))

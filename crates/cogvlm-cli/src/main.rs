@@ -1,1 +1,58 @@
-fn main() {}
+//! `cogvlm-shard`: plans, loads and runs CogVLM on several devices.
+#![forbid(unsafe_code)]
+
+mod answer;
+mod args;
+mod commands;
+mod error;
+mod interrupt;
+mod output;
+mod progress;
+mod prompt;
+mod session;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use crate::args::{Cli, Command};
+use crate::error::{CliError, CliResult};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    interrupt::install();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing can be done where even stderr is closed.
+            drop(std::io::stderr().write_all(error.render().as_bytes()));
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn run(cli: Cli) -> CliResult {
+    start_logging(&cli.log)?;
+    match &cli.command {
+        Command::Plan(args) => commands::plan::run(args),
+        Command::Inspect(args) => commands::inspect::run(args),
+        Command::Synth(args) => commands::synth::run(args),
+        Command::Generate(args) => commands::generate::run(args),
+        Command::Chat(args) => commands::chat::run(args),
+        Command::Tokenize(args) => commands::tokenize::run(args),
+        Command::Preprocess(args) => commands::preprocess::run(args),
+        Command::Bench(args) => commands::bench::run(args),
+        Command::Doctor(args) => commands::doctor::run(args),
+        Command::Demo => commands::demo::run(),
+    }
+}
+
+fn start_logging(level: &str) -> CliResult {
+    let filter = EnvFilter::try_new(level).map_err(|error| {
+        CliError::usage(format!("`--log {level}`: {error}")).hint("one of error, warn, info, debug, trace")
+    })?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    Ok(())
+}

@@ -87,6 +87,14 @@ pub enum SynthError {
         /// How that was seen.
         reason: String,
     },
+    /// The configuration file cannot be read.
+    #[error("cannot read `{}`: {source}", path.display())]
+    ReadConfig {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
     /// Another process writes the same checkpoint.
     #[error("`{}` is being written by another process; wait for it, or choose another directory", path.display())]
     Busy {
@@ -107,12 +115,13 @@ pub enum SynthError {
 }
 
 impl SyntheticModel {
-    /// The model that `NAME@SEED` names; the seed is decimal or `0x…`.
+    /// The model that `NAME@SEED` or `FILE.json@SEED` names; the seed is decimal or `0x…`.
     ///
     /// # Errors
-    /// Where the seed is absent or no number, or NAME is no built-in configuration or one without synthetic weights.
+    /// Where the seed is absent or no number, or NAME is no built-in configuration or one without synthetic weights, or
+    /// the file is no configuration.
     pub fn parse(model: &str) -> Result<Self, SynthError> {
-        let Some((name, seed)) = model.split_once('@') else {
+        let Some((name, seed)) = model.rsplit_once('@') else {
             return Err(
                 Self::built_in(model, 1).map_or_else(|error| error, |_| SynthError::NoSeed { name: model.to_owned() })
             );
@@ -122,7 +131,11 @@ impl SyntheticModel {
             None => seed.parse(),
         };
         let seed = parsed.map_err(|_| SynthError::Seed { seed: seed.to_owned(), model: model.to_owned() })?;
-        Self::built_in(name, seed)
+        if !name.ends_with(".json") {
+            return Self::built_in(name, seed);
+        }
+        let failed = |source| SynthError::ReadConfig { path: name.into(), source };
+        Self::from_config_json(name, &std::fs::read_to_string(name).map_err(failed)?, seed)
     }
 
     /// The built-in configuration called `name`, with the weights of `seed`.

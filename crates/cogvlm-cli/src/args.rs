@@ -1,0 +1,381 @@
+//! The command line as it is typed. `spec` of every flag: docs/cli.md.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use cogvlm_core::{DType, Template};
+use cogvlm_plan::plan::Policy;
+
+/// Plans, loads and runs CogVLM on what you have: several cards, small cards, host memory.
+#[derive(Debug, Parser)]
+#[command(name = "cogvlm-shard", version, about, arg_required_else_help = true, infer_long_args = false)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Log what happens, to stderr: error, warn, info, debug or trace.
+    #[arg(long, global = true, default_value = "warn", value_name = "LEVEL")]
+    pub(crate) log: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show where everything would go, before anything is loaded.
+    Plan(PlanArgs),
+    /// Check a checkpoint against its configuration by its headers.
+    Inspect(InspectArgs),
+    /// Write a checkpoint of synthetic weights.
+    Synth(SynthArgs),
+    /// Answer one prompt.
+    Generate(GenerateArgs),
+    /// Talk about an image over several turns.
+    Chat(ChatArgs),
+    /// Turn lines of JSON strings into token ids, or back.
+    Tokenize(TokenizeArgs),
+    /// Turn an image into the pixels that the model reads.
+    Preprocess(PreprocessArgs),
+    /// Measure loading, time to first token and decoding, beside what the machine can do.
+    Bench(BenchArgs),
+    /// Look at the machine: devices, memory, libraries, what is missing.
+    Doctor(DoctorArgs),
+    /// Run the main job on a synthetic model: no weights, no GPU, no arguments.
+    Demo,
+}
+
+/// Where the model goes.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PlacementArgs {
+    /// Budget per device: `0:20GiB,1:20GiB,cpu:16GiB[,disk:any]`. Integers are bytes; `auto` asks the machine.
+    #[arg(long, value_name = "BUDGETS")]
+    pub(crate) max_memory: Option<String>,
+    /// How to place.
+    #[arg(long, value_enum, default_value_t = PolicyArg::Auto)]
+    pub(crate) policy: PolicyArg,
+    /// Tokens per sequence, image and answer included, that memory is planned for [default: the model's limit].
+    #[arg(long, value_name = "N")]
+    pub(crate) context: Option<usize>,
+    /// Sequences that memory is planned for.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) batch: usize,
+}
+
+/// Placement policies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PolicyArg {
+    /// latency for one sequence, throughput for more
+    Auto,
+    /// even free memory and even work
+    Balanced,
+    /// as few hops per token as possible
+    Latency,
+    /// stages of equal decode time
+    Throughput,
+    /// exactly what accelerate's infer_auto_device_map answers
+    Accelerate,
+}
+
+impl From<PolicyArg> for Policy {
+    fn from(policy: PolicyArg) -> Self {
+        match policy {
+            PolicyArg::Auto => Self::Auto,
+            PolicyArg::Balanced => Self::Balanced,
+            PolicyArg::Latency => Self::Latency,
+            PolicyArg::Throughput => Self::Throughput,
+            PolicyArg::Accelerate => Self::Accelerate,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    /// Checkpoint directory (its config.json is enough) or a built-in configuration.
+    #[arg(default_value = "cogvlm-chat-17b")]
+    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) placement: PlacementArgs,
+    /// Which accelerate to agree with: 0.24.1 or 1.15.0.
+    #[arg(long, value_name = "VERSION", default_value = "0.24.1")]
+    pub(crate) accelerate_version: String,
+    /// Module classes that accelerate must not split.
+    #[arg(long, value_name = "CLASS,CLASS", value_delimiter = ',', default_value = "CogVLMDecoderLayer,TransformerLayer")]
+    pub(crate) no_split: Vec<String>,
+    /// Element type that accelerate assumes for all weights: float32, float16, bfloat16, int8, ... [default: as stored]
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) dtype: Option<String>,
+    /// Let accelerate balance the budgets first, as `device_map="auto"` does.
+    #[arg(long)]
+    pub(crate) balanced_memory: bool,
+    /// Plan a module tree from a JSON file instead of a CogVLM configuration.
+    #[arg(long, value_name = "FILE[:NAME]")]
+    pub(crate) module_tree: Option<String>,
+    /// Answer JSON requests, one per line on stdin, one answer per line on stdout.
+    #[arg(long)]
+    pub(crate) requests: bool,
+    /// Assume these rates of the machine, a JSON file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) links: Option<PathBuf>,
+    /// Print the plan as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// Checkpoint directory.
+    pub(crate) dir: PathBuf,
+    /// Read the data too: SHA-256 of every file and of the weights.
+    #[arg(long)]
+    pub(crate) hash: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SynthArgs {
+    /// Configuration and seed: a built-in name, or a config.json, then `@SEED`.
+    #[arg(value_name = "NAME@SEED")]
+    pub(crate) model: String,
+    /// Directory to write; made where it does not exist.
+    #[arg(long, value_name = "DIR", required_unless_present = "digest")]
+    pub(crate) out: Option<PathBuf>,
+    /// Most data bytes per file: `5GB`, `500MB`, or bytes.
+    #[arg(long, value_name = "SIZE", default_value = "5GB")]
+    pub(crate) max_shard_size: String,
+    /// Print the SHA-256 of the weights; without --out nothing is written.
+    #[arg(long)]
+    pub(crate) digest: bool,
+}
+
+/// Which model, on which backend.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ModelArgs {
+    /// Checkpoint directory, or `NAME@SEED`: synthetic weights made where they are needed.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) placement: PlacementArgs,
+    /// A plan written by `plan --json`, or a Hugging Face device map.
+    #[arg(long, value_name = "FILE", conflicts_with = "policy")]
+    pub(crate) device_map: Option<PathBuf>,
+    /// What executes: with `cpu`, numbered devices are virtual ranks on the host.
+    #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
+    pub(crate) backend: BackendArg,
+    /// Arithmetic of the CPU backend.
+    #[arg(long, value_enum, default_value_t = DTypeArg::Bf16)]
+    pub(crate) dtype: DTypeArg,
+    /// Arithmetic of rotary angles: `float32`, or `published` (as the published code rounds them in bf16).
+    #[arg(long, value_enum, default_value_t = RopeArg::Float32)]
+    pub(crate) rope: RopeArg,
+    /// Threads of the CPU backend [default: all cores].
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BackendArg {
+    /// CUDA where a device is, else the CPU
+    Auto,
+    /// NVIDIA GPUs
+    Cuda,
+    /// the host
+    Cpu,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DTypeArg {
+    /// single precision: the exactness reference
+    F32,
+    /// the precision of the published weights
+    Bf16,
+}
+
+impl From<DTypeArg> for DType {
+    fn from(dtype: DTypeArg) -> Self {
+        match dtype {
+            DTypeArg::F32 => Self::F32,
+            DTypeArg::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RopeArg {
+    /// angles in single precision
+    Float32,
+    /// angles rounded to the model's type, as upstream's code does
+    Published,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TemplateArg {
+    /// Question: … Answer:
+    Chat,
+    /// Question: … Short answer:
+    Vqa,
+    /// the prompt as it is
+    Base,
+}
+
+impl From<TemplateArg> for Template {
+    fn from(template: TemplateArg) -> Self {
+        match template {
+            TemplateArg::Chat => Self::Chat,
+            TemplateArg::Vqa => Self::Vqa,
+            TemplateArg::Base => Self::Base,
+        }
+    }
+}
+
+/// How the answer is chosen.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct SamplingArgs {
+    /// Most tokens to generate [default: what the context leaves].
+    #[arg(long, value_name = "N")]
+    pub(crate) max_new_tokens: Option<usize>,
+    /// 0 is greedy: the most probable token.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) temperature: f32,
+    /// Keep the K most probable tokens; 0 keeps all.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub(crate) top_k: usize,
+    /// Keep the most probable tokens that together reach P.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub(crate) top_p: f32,
+    /// Above 1 discourages tokens seen before.
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    pub(crate) repetition_penalty: f32,
+    /// Seed of the draws; the same seed gives the same answer.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// End the answer before this text; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+}
+
+/// What turns text into ids.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct TokenizerArgs {
+    /// `tokenizer.model` or `tokenizer.json`, or a directory with one [default: next to the model].
+    #[arg(long, value_name = "FILE|DIR")]
+    pub(crate) tokenizer: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) tokenizer: TokenizerArgs,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+    /// The question.
+    #[arg(long, value_name = "TEXT", required_unless_present_any = ["input_ids", "prompts"], conflicts_with_all = ["input_ids", "prompts"])]
+    pub(crate) prompt: Option<String>,
+    /// Many questions, answered `--batch` at a time: a JSON object per line with `prompt` and, as wanted, `image`,
+    /// `template` and `history`. Prints one JSON object per line, in order.
+    #[arg(long, value_name = "FILE.jsonl", requires = "json", conflicts_with_all = ["input_ids", "image", "history", "force_ids", "logits_out", "hidden_states_out"])]
+    pub(crate) prompts: Option<PathBuf>,
+    /// Token ids in place of a prompt: a JSON list, or an object with `input_ids`. A list that begins with BOS is the
+    /// whole input; else BOS and the image's tokens are put before it.
+    #[arg(long, value_name = "FILE.json", conflicts_with_all = ["template", "history"])]
+    pub(crate) input_ids: Option<PathBuf>,
+    /// The image.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) image: Option<PathBuf>,
+    /// How the question is put [default: what config.json says].
+    #[arg(long, value_enum)]
+    pub(crate) template: Option<TemplateArg>,
+    /// Earlier turns: a JSON list of [question, answer] pairs.
+    #[arg(long, value_name = "FILE.json")]
+    pub(crate) history: Option<PathBuf>,
+    /// Print one JSON object when done, and no stream.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Write the logits of every new token, f32 [num_new_tokens, vocab_size].
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub(crate) logits_out: Option<PathBuf>,
+    /// Write the hidden states of the prefill after every unit, f32.
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub(crate) hidden_states_out: Option<PathBuf>,
+    /// Decode on after the end-of-sequence token.
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    /// Feed these tokens in place of the chosen ones (teacher forcing): a JSON list of ids.
+    #[arg(long, value_name = "FILE.json", conflicts_with = "max_new_tokens")]
+    pub(crate) force_ids: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ChatArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) tokenizer: TokenizerArgs,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+    /// The image to talk about.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) image: Option<PathBuf>,
+    /// How questions are put [default: what config.json says].
+    #[arg(long, value_enum)]
+    pub(crate) template: Option<TemplateArg>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TokenizeArgs {
+    #[command(flatten)]
+    pub(crate) tokenizer: TokenizerArgs,
+    /// Read id lists, write strings.
+    #[arg(long)]
+    pub(crate) decode: bool,
+    /// With --decode: leave out special tokens.
+    #[arg(long, requires = "decode")]
+    pub(crate) skip_special: bool,
+    /// Treat `<s>`, `</s>` and `<unk>` in the text as plain text.
+    #[arg(long, conflicts_with = "decode")]
+    pub(crate) plain: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PreprocessArgs {
+    /// The image.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) image: PathBuf,
+    /// Side of the model's input in pixels.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16384))]
+    pub(crate) size: u32,
+    /// Where to write `pixel_values`, f32 [3, N, N].
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Text tokens of the prompt, beside the image.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) prompt_tokens: usize,
+    /// Tokens to decode per repetition.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) new_tokens: usize,
+    /// Repetitions after one warm-up; medians are reported.
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub(crate) repeats: usize,
+    /// Prompts without an image.
+    #[arg(long)]
+    pub(crate) text_only: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// The backend that has to work.
+    #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
+    pub(crate) backend: BackendArg,
+    /// Print JSON, with the rates that `plan --links` reads.
+    #[arg(long)]
+    pub(crate) json: bool,
+}

@@ -1,0 +1,229 @@
+//! `bench`: how fast a plan runs, each figure beside what the hardware could do, measured in the same run.
+
+use std::time::Duration;
+
+use cogvlm_backend::SamplingParams;
+use cogvlm_core::memory::format_bytes;
+use cogvlm_core::tokens::TokenLayout;
+use cogvlm_core::{DType, Expert, ModelSpec, Phase, TensorSpec, Unit, WeightGroup, tensor_inventory};
+use cogvlm_cpu::ceiling;
+use cogvlm_pipeline::{Image, Request, StepKind};
+use serde_json::{Value, json};
+
+use crate::args::BenchArgs;
+use crate::error::{CliError, CliResult};
+use crate::output::{note, print_line};
+use crate::session::{Session, open_source};
+
+/// Times of one repetition.
+struct Run {
+    vision: Duration,
+    prefill: Duration,
+    decode: Duration,
+    num_decode_steps: usize,
+}
+
+pub(crate) fn run(args: &BenchArgs) -> CliResult {
+    if args.repeats == 0 || args.new_tokens < 2 {
+        return Err(CliError::usage("`bench` needs `--repeats` of at least 1 and `--new-tokens` of at least 2"));
+    }
+    let mut session = Session::open(&args.model, open_source(&args.model.model)?, false)?;
+    let spec = session.engine.spec().clone();
+    let layout = prompt(&spec, args);
+    let num_prompt = layout.input_ids.len();
+    if num_prompt + args.new_tokens > session.plan.limits.context_len {
+        return Err(CliError::new(format!(
+            "a prompt of {num_prompt} tokens and {} new ones exceed the context of {}",
+            args.new_tokens, session.plan.limits.context_len
+        ))
+        .hint("raise `--context`, or ask for fewer with `--prompt-tokens` and `--new-tokens`"));
+    }
+    note("warming up");
+    repetition(&mut session, &layout, args)?;
+    let mut runs = Vec::new();
+    for index in 0..args.repeats {
+        note(&format!("repetition {} of {}", index + 1, args.repeats));
+        runs.push(repetition(&mut session, &layout, args)?);
+    }
+    note("measuring the machine");
+    let read = ceiling::read_bytes_per_s();
+    let flops = ceiling::flops_per_s(DType::from(args.model.dtype));
+    report(args, &session, &spec, num_prompt, &runs, read, flops)
+}
+
+/// BOS, the image's tokens, and ids spread over the vocabulary.
+fn prompt(spec: &ModelSpec, args: &BenchArgs) -> TokenLayout {
+    let first = 3.min(spec.vocab_size - 1);
+    let text: Vec<u32> =
+        (0..args.prompt_tokens).map(|index| (first + index * 7919 % (spec.vocab_size - first)) as u32).collect();
+    TokenLayout::new(spec, !args.text_only, &text)
+}
+
+/// Answers the prompt once per sequence of the batch, all at once.
+fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs) -> CliResult<Run> {
+    let vision = &session.engine.spec().vision;
+    let num_values = vision.num_channels * vision.image_size * vision.image_size;
+    let image = Image { pixels: (0..num_values).map(|index| (index % 509) as f32 / 254.5 - 1.0).collect() };
+    for _ in 0..args.model.placement.batch {
+        session.engine.submit(Request {
+            layout: layout.clone(),
+            image: (!args.text_only).then(|| image.clone()),
+            params: SamplingParams::default(),
+            max_new_tokens: args.new_tokens,
+            ignore_eos: true,
+            forced: None,
+            want_logits: false,
+            capture: false,
+            prefix: None,
+            keep_cache: false,
+        })?;
+    }
+    let mut run = Run { vision: Duration::ZERO, prefill: Duration::ZERO, decode: Duration::ZERO, num_decode_steps: 0 };
+    while let Some(report) = session.engine.step()? {
+        match report.kind {
+            StepKind::Prefill => {
+                run.vision += report.vision_time;
+                run.prefill += report.elapsed;
+            }
+            StepKind::Decode => {
+                run.decode += report.elapsed;
+                run.num_decode_steps += 1;
+            }
+        }
+    }
+    Ok(run)
+}
+
+fn report(
+    args: &BenchArgs, session: &Session, spec: &ModelSpec, num_prompt: usize, runs: &[Run], read: f64, flops: f64,
+) -> CliResult {
+    let batch = args.model.placement.batch;
+    let work = Work::of(spec, num_prompt, !args.text_only);
+    let weight_bytes = session.source.total_bytes();
+    let activation_bytes = DType::from(args.model.dtype).size_bytes();
+    let context = num_prompt as f64 + args.new_tokens as f64 / 2.0;
+    let kv_bytes = context * (spec.num_layers * spec.kv_elements_per_token() * activation_bytes) as f64;
+    let decode_bytes = work.hot_bytes as f64 + batch as f64 * kv_bytes;
+
+    let load_s = session.load_time.as_secs_f64();
+    let vision_s = median(runs.iter().map(|run| run.vision.as_secs_f64() / batch as f64));
+    let prefill_s = median(runs.iter().map(|run| run.prefill.as_secs_f64() / batch as f64));
+    let step_s = median(runs.iter().map(|run| run.decode.as_secs_f64() / run.num_decode_steps.max(1) as f64));
+    let prefill_rate = work.prefill_flops / prefill_s;
+    let decode_rate = decode_bytes / step_s;
+    if args.json {
+        let object: Value = json!({
+            "schema": "cogvlm-shard.bench/1",
+            "model": args.model.model,
+            "dtype": DType::from(args.model.dtype).to_string(),
+            "threads": session.num_threads,
+            "prompt_tokens": num_prompt,
+            "batch": batch,
+            "repeats": runs.len(),
+            "load": {"ms": load_s * 1e3, "weight_bytes": weight_bytes},
+            "vision": {"ms": vision_s * 1e3, "flops_per_s": work.vision_flops / vision_s.max(1e-12)},
+            "prefill": {"ms": prefill_s * 1e3, "tokens_per_s": num_prompt as f64 / prefill_s, "flops_per_s": prefill_rate, "share_of_ceiling": prefill_rate / flops},
+            "decode": {"ms_per_step": step_s * 1e3, "tokens_per_s": batch as f64 / step_s, "bytes_per_s": decode_rate, "share_of_ceiling": decode_rate / read},
+            "predicted": {"decode_ms": session.plan.seconds_per_token * 1e3, "image_ms": session.plan.seconds_per_image * 1e3},
+            "ceiling": {"read_bytes_per_s": read, "flops_per_s": flops},
+            "memory": session.peak_memory(),
+        });
+        return print_line(&object.to_string());
+    }
+    let lines = [
+        format!("{} in {}, {num_prompt} prompt tokens, batch {batch}, medians of {}", args.model.model, DType::from(args.model.dtype), runs.len()),
+        format!("  load      {:9.1} ms   {} of weights placed", load_s * 1e3, format_bytes(weight_bytes)),
+        format!("  vision    {:9.1} ms   of the prefill", vision_s * 1e3),
+        format!(
+            "  prefill   {:9.1} ms   {:8.1} tokens/s  {:8.1} GFLOP/s = {:3.0} % of {:.1} measured",
+            prefill_s * 1e3, num_prompt as f64 / prefill_s, prefill_rate / 1e9, 100.0 * prefill_rate / flops, flops / 1e9
+        ),
+        format!(
+            "  decode    {:9.2} ms   {:8.1} tokens/s  {:8.2} GB/s = {:3.0} % of {:.2} measured",
+            step_s * 1e3, batch as f64 / step_s, decode_rate / 1e9, 100.0 * decode_rate / read, read / 1e9
+        ),
+    ];
+    print_line(&lines.join("\n"))?;
+    for (device, memory) in session.engine.memory() {
+        print_line(&format!("  rank {device}: at most {} of {}", format_bytes(memory.peak), format_bytes(memory.capacity)))?;
+    }
+    Ok(())
+}
+
+/// What the model has to do, counted from its tensors.
+struct Work {
+    /// Bytes of the weights that every decoded token reads.
+    hot_bytes: u64,
+    vision_flops: f64,
+    prefill_flops: f64,
+}
+
+impl Work {
+    fn of(spec: &ModelSpec, num_prompt: usize, has_image: bool) -> Self {
+        let vision = &spec.vision;
+        let vision_rows = if has_image { spec.num_vision_tokens() - 1 } else { 0 };
+        let images = usize::from(has_image);
+        let rows = |tensor: &TensorSpec| match (tensor.unit, tensor.group) {
+            (Unit::PatchEmbedding | Unit::Adapter, _) => images * vision.num_patches(),
+            (Unit::VitLayer(_), _) => images * vision.num_tokens(),
+            (Unit::Embedding, _) => 0,
+            (Unit::Head, _) => 1,
+            (Unit::DecoderLayer(_), WeightGroup::Norms | WeightGroup::Whole) => 0,
+            (Unit::DecoderLayer(_), group) => {
+                let (WeightGroup::Qkv(expert) | WeightGroup::Dense(expert) | WeightGroup::GateUp(expert) | WeightGroup::Down(expert)) = group
+                else {
+                    return 0;
+                };
+                if expert == Expert::Vision { vision_rows } else { num_prompt - vision_rows }
+            }
+        };
+        let mut work = Self { hot_bytes: 0, vision_flops: 0.0, prefill_flops: 0.0 };
+        for tensor in tensor_inventory(spec) {
+            // A position embedding is added, not multiplied.
+            let is_matrix = tensor.shape.len() > 1 && tensor.shape[0] > 1 && !tensor.name.ends_with("position_embedding.weight");
+            let flops = if is_matrix { 2.0 * tensor.num_elements() as f64 * rows(&tensor) as f64 } else { 0.0 };
+            work.prefill_flops += flops;
+            if tensor.unit.is_vision() {
+                work.vision_flops += flops;
+            }
+            if tensor.phase == Phase::EveryToken {
+                work.hot_bytes += tensor.num_elements() as u64 * 2;
+            }
+        }
+        let attention = |layers: usize, width: usize, pairs: f64| layers as f64 * 4.0 * width as f64 * pairs;
+        let vit = attention(vision.num_layers, vision.hidden_size, (images * vision.num_tokens().pow(2)) as f64);
+        let causal = (num_prompt * (num_prompt + 1)) as f64 / 2.0;
+        work.vision_flops += vit;
+        work.prefill_flops += vit + attention(spec.num_layers, spec.num_heads * spec.head_dim, causal);
+        work
+    }
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cogvlm_core::ModelConfig;
+
+    #[test]
+    fn work_of_the_17b_model_is_what_its_sizes_imply() {
+        let spec = ModelConfig::built_in("cogvlm-chat-17b").unwrap().resolve().unwrap();
+        let work = Work::of(&spec, 1260, true);
+        assert_eq!(work.hot_bytes, 13_214_687_232 + 4096);
+        // About 27.5 TFLOP for an image and 32 tokens, of which the ViT's matrices are 11.2 with its attention.
+        assert!((work.prefill_flops / 27.5e12 - 1.0).abs() < 0.03, "{}", work.prefill_flops);
+        assert!(work.vision_flops < 0.5 * work.prefill_flops);
+    }
+
+    #[test]
+    fn medians() {
+        assert_eq!(median([3.0, 1.0, 2.0].into_iter()), 2.0);
+        assert_eq!(median([4.0, 1.0, 2.0, 3.0].into_iter()), 2.5);
+    }
+}

@@ -1,0 +1,219 @@
+//! `plan`: where everything would go.
+
+use std::io::{BufRead, Write};
+
+use cogvlm_core::DType;
+use cogvlm_core::memory::format_bytes;
+use cogvlm_plan::accelerate::{self, Arguments, Balanced, DeviceKey, ElementType, MaxMemory, ModuleTree, Version, Widths};
+use cogvlm_plan::plan::{CUDA_RESERVE_BYTES, Policy, Rates};
+use cogvlm_plan::requests::{RequestError, TreeCache, answer_line};
+use cogvlm_plan::{PLAN_SCHEMA, plan};
+use serde_json::{Map, Value, json};
+
+use crate::args::{PlacementArgs, PlanArgs, PolicyArg};
+use crate::error::{CliError, CliResult};
+use crate::output::print_line;
+use crate::prompt::read_json;
+use crate::session::{plan_error, planned_model, request_for};
+
+pub(crate) fn run(args: &PlanArgs) -> CliResult {
+    if args.requests {
+        return answer_requests();
+    }
+    if args.module_tree.is_some() && args.placement.policy != PolicyArg::Accelerate {
+        return Err(CliError::usage("`--module-tree` needs `--policy accelerate`: other policies plan CogVLM configurations"));
+    }
+    if args.placement.policy == PolicyArg::Accelerate {
+        return accelerate_plan(args);
+    }
+    let mut request = request_for(planned_model(&args.model)?, &args.placement, DType::Bf16, CUDA_RESERVE_BYTES)?;
+    if let Some(path) = &args.links {
+        request.rates = read_rates(path)?;
+    }
+    let plan = plan(&request).map_err(plan_error)?;
+    if args.json { print_line(&plan.to_json()) } else { print_line(plan.report(Some(&request)).trim_end()) }
+}
+
+/// Rates, alone or in what `doctor --json` writes.
+fn read_rates(path: &std::path::Path) -> CliResult<Rates> {
+    let mut json: Value = read_json(path, "a JSON file of rates")?;
+    let rates = if json.get("rates").is_some() { json["rates"].take() } else { json };
+    let rates: Rates =
+        serde_json::from_value(rates).map_err(|error| CliError::new(format!("`{}`: {error}", path.display())))?;
+    let bad = [
+        ("device_bytes_per_s", rates.device_bytes_per_s),
+        ("device_flops_per_s", rates.device_flops_per_s),
+        ("host_link_bytes_per_s", rates.host_link_bytes_per_s),
+        ("peer_link_bytes_per_s", rates.peer_link_bytes_per_s),
+        ("host_bytes_per_s", rates.host_bytes_per_s),
+        ("host_flops_per_s", rates.host_flops_per_s),
+        ("disk_bytes_per_s", rates.disk_bytes_per_s),
+    ]
+    .into_iter()
+    .find(|(_, rate)| !(*rate > 0.0 && rate.is_finite()));
+    if let Some((key, rate)) = bad {
+        return Err(CliError::new(format!("`{key}` in `{}` is {rate}; a rate is above 0", path.display())));
+    }
+    if !(0.0..60.0).contains(&rates.hop_s) {
+        return Err(CliError::new(format!("`hop_s` in `{}` is {}; it lies between 0 and 60 s", path.display(), rates.hop_s)));
+    }
+    Ok(rates)
+}
+
+/// `--requests`: a line of JSON in, a line of JSON out, nothing fatal.
+fn answer_requests() -> CliResult {
+    let mut trees = TreeCache::default();
+    let mut stdout = std::io::stdout().lock();
+    let mut stdin = std::io::stdin().lock();
+    loop {
+        let mut line = Vec::new();
+        let length = stdin.read_until(b'\n', &mut line).map_err(|error| CliError::new(format!("cannot read stdin: {error}")))?;
+        if length == 0 {
+            return Ok(());
+        }
+        let line = String::from_utf8_lossy(&line);
+        if line.trim().is_empty() {
+            continue;
+        }
+        let answer = answer_line(line.trim_end(), &mut trees, &mut own_policy);
+        let written = writeln!(stdout, "{answer}").and_then(|()| stdout.flush());
+        match written {
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
+            written => written.map_err(|error| CliError::new(format!("cannot write to stdout: {error}")))?,
+        }
+    }
+}
+
+/// A request under one of our own policies: the fields of a plan, as `plan --json` prints them.
+fn own_policy(policy: Policy, fields: &Map<String, Value>) -> Result<Value, RequestError> {
+    #[derive(serde::Deserialize)]
+    struct OwnRequest {
+        #[serde(default)]
+        model: Option<String>,
+        max_memory: Vec<(Value, Value)>,
+        #[serde(default)]
+        context: Option<usize>,
+        #[serde(default)]
+        batch: Option<usize>,
+    }
+    let refused = |error: CliError| RequestError::new("ValueError", error.message());
+    let request: OwnRequest = serde_json::from_value(Value::Object(fields.clone()))
+        .map_err(|error| RequestError::new("TypeError", format!("cannot read the request: {error}")))?;
+    let word = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let budgets: Vec<String> =
+        request.max_memory.iter().map(|(device, amount)| format!("{}:{}", word(device), word(amount))).collect();
+    let placement = PlacementArgs {
+        max_memory: Some(budgets.join(",")),
+        policy: PolicyArg::Auto,
+        context: request.context,
+        batch: request.batch.unwrap_or(1),
+    };
+    let model = planned_model(request.model.as_deref().unwrap_or("cogvlm-chat-17b")).map_err(refused)?;
+    let mut plan_request = request_for(model, &placement, DType::Bf16, CUDA_RESERVE_BYTES).map_err(refused)?;
+    plan_request.policy = policy;
+    let plan = plan(&plan_request).map_err(|error| refused(plan_error(error)))?;
+    serde_json::from_str(&plan.to_json()).map_err(|error| RequestError::new("RuntimeError", error.to_string()))
+}
+
+/// `--policy accelerate`: upstream's map, by upstream's rules.
+fn accelerate_plan(args: &PlanArgs) -> CliResult {
+    let mut trees = TreeCache::default();
+    let (name, tree) = match &args.module_tree {
+        Some(reference) => (reference, trees.module_tree(reference)?),
+        None => (&args.model, trees.model(&args.model)?),
+    };
+    let arguments = accelerate_arguments(args)?;
+    let version = arguments.version;
+    let answer = accelerate::infer(&tree, &arguments)?;
+    let budgets: Vec<(DeviceKey, Option<f64>)> = match &answer.balanced_max_memory {
+        Some(budgets) => budgets.iter().map(|(device, size)| (*device, Some(size.to_f64()))).collect(),
+        None => MaxMemory::new(&arguments.max_memory, version)?
+            .budgets()
+            .iter()
+            .map(|(device, size)| (*device, Some(size.to_f64())))
+            .collect(),
+    };
+    let budget_of = |device: DeviceKey| {
+        let given = budgets.iter().find(|(known, _)| *known == device).and_then(|(_, budget)| *budget);
+        // Upstream ignores a budget for disk.
+        given.filter(|_| device.to_string() != "disk")
+    };
+    let mut notices: Vec<String> = answer.warnings.iter().chain(&answer.check_warnings).cloned().collect();
+    notices.extend(answer.minimum_bytes.iter().map(|(device, bytes)| {
+        format!("nothing is on `{device}`: the first entry refused there needs {} with the reserve", format_bytes(bytes.to_f64() as u64))
+    }));
+    notices.extend(answer.check_error.iter().map(|error| format!("check_device_map would refuse this map: {error}")));
+    notices.extend(answer.upstream_hazards.iter().map(|hazard| format!("the published code fails under this map: {hazard:?}")));
+    if args.json {
+        let devices: Map<String, Value> = answer
+            .device_bytes
+            .iter()
+            .map(|(device, bytes)| {
+                let budget = budget_of(*device);
+                let entry = json!({
+                    "budget_bytes": budget.map(number), "weight_bytes": bytes, "kv_bytes": 0, "workspace_bytes": 0, "staging_bytes": 0,
+                    "reserved_bytes": 0, "free_bytes": budget.map(|budget| number(budget - bytes.to_f64())),
+                });
+                (device.to_string(), entry)
+            })
+            .collect();
+        let mut object = json!(answer);
+        object["schema"] = json!(PLAN_SCHEMA);
+        object["policy"] = json!(Policy::Accelerate);
+        object["accelerate_version"] = json!(version.as_str());
+        object["model"] = json!(name);
+        object["devices"] = json!(devices);
+        object["tensors_off_device"] = json!({});
+        object["links"] = json!([]);
+        object["notices"] = json!(notices);
+        return print_line(&object.to_string());
+    }
+    let mut lines = vec![format!("{name}: device map of accelerate {}", version.as_str())];
+    for (device, bytes) in &answer.device_bytes {
+        let budget = budget_of(*device).map_or_else(|| "no limit".to_owned(), |budget| format_bytes(budget.max(0.0) as u64));
+        lines.push(format!("  {device:<5} {} of {budget}", format_bytes(bytes.to_f64() as u64)));
+    }
+    lines.extend(answer.device_map.iter().map(|(key, device)| format!("    {:<44} {device}", if key.is_empty() { "(everything)" } else { key })));
+    lines.extend(notices.iter().map(|notice| format!("note: {notice}")));
+    lines.push("note: accelerate plans weights only; KV cache, activations and the CUDA context are not counted here".to_owned());
+    print_line(&lines.join("\n"))
+}
+
+/// A whole number as JSON writes it.
+fn number(value: f64) -> Value {
+    if value.fract() == 0.0 && value.abs() < 9e15 { json!(value as i64) } else { json!(value) }
+}
+
+fn accelerate_arguments(args: &PlanArgs) -> CliResult<Arguments> {
+    let version = Version::parse(&args.accelerate_version).ok_or_else(|| {
+        let known = Version::ALL.map(Version::as_str).join(" and ");
+        CliError::usage(format!("`--accelerate-version {}`: {known} are reproduced", args.accelerate_version))
+    })?;
+    let dtype = args.dtype.as_deref().map(|name| {
+        ElementType::parse(name).ok_or_else(|| CliError::usage(format!("`--dtype {name}` is no element type of PyTorch")))
+    });
+    Ok(Arguments {
+        version,
+        max_memory: accelerate_budgets(&args.placement)?,
+        no_split: args.no_split.iter().filter(|class| !class.is_empty()).cloned().collect(),
+        widths: Widths { dtype: dtype.transpose()?, ..Widths::default() },
+        balanced: args.balanced_memory.then_some(Balanced { low_zero: false }),
+        ..Arguments::default()
+    })
+}
+
+fn accelerate_budgets(placement: &PlacementArgs) -> CliResult<Vec<(DeviceKey, accelerate::Amount)>> {
+    let text = placement.max_memory.as_deref().filter(|text| *text != "auto");
+    let text = text.ok_or_else(|| {
+        CliError::usage("`--policy accelerate` needs `--max-memory`").hint("like `--max-memory 0:20GiB,1:20GiB,cpu:16GiB`")
+    })?;
+    Ok(accelerate::parse_max_memory(text)?)
+}
+
+/// The map that accelerate 0.24.1 gives a model, as Hugging Face JSON: what `--policy accelerate` runs.
+pub(crate) fn accelerate_map(tree: &ModuleTree, placement: &PlacementArgs) -> CliResult<String> {
+    let no_split = ["CogVLMDecoderLayer", "TransformerLayer"].map(str::to_owned).into();
+    let arguments = Arguments { max_memory: accelerate_budgets(placement)?, no_split, ..Arguments::default() };
+    let answer = accelerate::infer(tree, &arguments)?;
+    Ok(json!(answer)["device_map"].to_string())
+}

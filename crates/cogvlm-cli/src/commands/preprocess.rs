@@ -1,0 +1,12 @@
+//! `preprocess`: an image as the model reads it.
+
+use crate::args::PreprocessArgs;
+use crate::commands::generate::write_tensors;
+use crate::error::CliResult;
+
+pub(crate) fn run(args: &PreprocessArgs) -> CliResult {
+    let size = args.size as usize;
+    let image = cogvlm_input::image::load_image(&args.image)?;
+    let pixels = cogvlm_input::image::preprocess(&image, size);
+    write_tensors(&args.out, &[("pixel_values", vec![3, size, size], &pixels)])
+}

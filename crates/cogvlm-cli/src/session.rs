@@ -1,0 +1,220 @@
+//! From flags to an engine: model, plan, ranks.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cogvlm_backend::RopeMode;
+use cogvlm_checkpoint::ModelSource;
+use cogvlm_core::memory::format_bytes;
+use cogvlm_core::workspace::StepLimits;
+use cogvlm_core::{DType, Device, ModelConfig, ModelSpec};
+use cogvlm_cpu::CpuBackend;
+use cogvlm_pipeline::{Engine, load_plan};
+use cogvlm_core::module_tree::Module;
+use cogvlm_plan::accelerate::ModuleTree;
+use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates, VIRTUAL_RANK_RESERVE_BYTES};
+use cogvlm_plan::{PlanError, parse_max_memory, plan};
+
+use crate::commands::plan::accelerate_map;
+use crate::args::{BackendArg, ModelArgs, PlacementArgs, RopeArg};
+use crate::error::{CliError, CliResult};
+use crate::output::note;
+use crate::progress::byte_bar;
+
+/// A model that is loaded and answers.
+pub(crate) struct Session {
+    pub(crate) engine: Engine<CpuBackend>,
+    pub(crate) plan: Plan,
+    pub(crate) source: ModelSource,
+    pub(crate) load_time: Duration,
+    pub(crate) num_threads: usize,
+}
+
+/// The sizes of a model and the element type of its weights: what planning needs.
+pub(crate) struct PlannedModel {
+    pub(crate) name: String,
+    pub(crate) spec: ModelSpec,
+    pub(crate) weight_dtype: DType,
+}
+
+impl Session {
+    /// Plans and loads the model `source`, which `args` name. The plan is shown before the load where `show_plan` says so.
+    pub(crate) fn open(args: &ModelArgs, source: ModelSource, show_plan: bool) -> CliResult<Self> {
+        let start = Instant::now();
+        if args.backend == BackendArg::Cuda {
+            return Err(no_cuda());
+        }
+        let request = plan_request(args, &source)?;
+        let plan = make_plan(args, &request)?;
+        if show_plan {
+            note(plan.report(Some(&request)).trim_end());
+        }
+        for notice in &plan.notices {
+            tracing::info!("{notice}");
+        }
+        let threads = thread_pool(args.threads)?;
+        let num_threads = threads.current_num_threads();
+        let activations = DType::from(args.dtype);
+        let make_backend = |device: &DevicePlan| {
+            let capacity = device.used_bytes() - device.reserved_bytes;
+            CpuBackend::new(device.device, capacity, activations, Arc::clone(&threads))
+        };
+        let rope_mode = match args.rope {
+            RopeArg::Float32 => RopeMode::Float32,
+            RopeArg::Published => RopeMode::Published,
+        };
+        let bar = byte_bar("loading", source.total_bytes());
+        let progress = |done: u64, total: u64| {
+            bar.set_length(total);
+            bar.set_position(done);
+        };
+        let spec = source.spec().clone();
+        let ranks = load_plan(&plan, &spec, &source, rope_mode, &make_backend, &progress);
+        bar.finish_and_clear();
+        let engine = Engine::new(spec, plan.limits, ranks?);
+        Ok(Self { engine, plan, source, load_time: start.elapsed(), num_threads })
+    }
+
+    /// The most that each device has held, as a JSON object.
+    pub(crate) fn peak_memory(&self) -> serde_json::Map<String, serde_json::Value> {
+        self.engine.memory().into_iter().map(|(device, memory)| (device.to_string(), memory.peak.into())).collect()
+    }
+}
+
+/// Threads that all virtual ranks share.
+fn thread_pool(num_threads: Option<usize>) -> CliResult<Arc<rayon::ThreadPool>> {
+    if num_threads.is_some_and(|count| count == 0 || count > 1024) {
+        return Err(CliError::usage("`--threads` must lie between 1 and 1024"));
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(num_threads.unwrap_or(0)).build();
+    pool.map(Arc::new).map_err(|error| CliError::new(format!("cannot start the threads of the CPU backend: {error}")))
+}
+
+/// A plan that cannot be made, with what would make it fit.
+pub(crate) fn plan_error(error: PlanError) -> CliError {
+    let hint = error.hint();
+    let error = CliError::new(error);
+    match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
+}
+
+/// What a CUDA request is told by a build without it.
+pub(crate) fn no_cuda() -> CliError {
+    CliError::new("`--backend cuda`: this build has no CUDA backend").hint("run with `--backend cpu`: numbered devices are then virtual ranks on the host")
+}
+
+/// Opens `MODEL` for running.
+pub(crate) fn open_source(model: &str) -> CliResult<ModelSource> {
+    if ModelConfig::built_in(model).is_some() && !Path::new(model).exists() {
+        return Err(CliError::new(format!("`{model}` is a configuration without weights"))
+            .hint(format!("`{model}@1` has synthetic weights; published weights are given as their directory")));
+    }
+    Ok(ModelSource::open(model)?)
+}
+
+/// Reads the configuration of `MODEL` for planning: weights are not needed.
+pub(crate) fn planned_model(model: &str) -> CliResult<PlannedModel> {
+    let name = model.rsplit_once('@').map_or(model, |(name, _)| name);
+    let path = Path::new(if model.contains('@') { name } else { model });
+    let config = match ModelConfig::built_in(name) {
+        Some(config) if !path.exists() => config,
+        _ => {
+            let file = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+            let text = std::fs::read_to_string(&file).map_err(|error| {
+                let known: Vec<&str> = cogvlm_core::config::built_in_names().collect();
+                CliError::new(format!("cannot read `{}`: {error}", file.display()))
+                    .hint(format!("give a checkpoint directory, a config.json, or one of {}", known.join(", ")))
+            })?;
+            ModelConfig::from_json(&text).map_err(|error| CliError::new(format!("`{}`: {error}", file.display())))?
+        }
+    };
+    let spec = config.resolve().map_err(|error| CliError::new(format!("`{model}`: {error}")))?;
+    let weight_dtype = match config.torch_dtype.as_deref() {
+        Some("float32") => DType::F32,
+        Some("float16") => DType::F16,
+        _ => DType::Bf16,
+    };
+    Ok(PlannedModel { name: model.to_owned(), spec, weight_dtype })
+}
+
+fn plan_request(args: &ModelArgs, source: &ModelSource) -> CliResult<PlanRequest> {
+    let first = source.tensors().first();
+    let model = PlannedModel {
+        name: args.model.clone(),
+        spec: source.spec().clone(),
+        weight_dtype: first.map_or(DType::Bf16, |tensor| tensor.dtype),
+    };
+    request_for(model, &args.placement, DType::from(args.dtype), VIRTUAL_RANK_RESERVE_BYTES)
+}
+
+/// What the flags ask the planner for. `reserve_bytes` is kept free on every card.
+pub(crate) fn request_for(
+    model: PlannedModel, placement: &PlacementArgs, activation_dtype: DType, reserve_bytes: u64,
+) -> CliResult<PlanRequest> {
+    let PlannedModel { name, spec, weight_dtype } = model;
+    let longest = spec.max_position_embeddings;
+    let context_len = placement.context.unwrap_or(longest);
+    if context_len > longest {
+        return Err(CliError::new(format!("`--context {context_len}` exceeds the {longest} tokens that the model was made for")));
+    }
+    let budgets = match placement.max_memory.as_deref() {
+        None | Some("auto") => machine_budgets()?,
+        Some(text) => parse_max_memory(text)?,
+    };
+    Ok(PlanRequest {
+        model: name,
+        spec,
+        weight_dtype,
+        activation_dtype,
+        budgets,
+        policy: placement.policy.into(),
+        limits: StepLimits::new(context_len, placement.batch),
+        reserve_bytes,
+        rates: Rates::default(),
+    })
+}
+
+fn make_plan(args: &ModelArgs, request: &PlanRequest) -> CliResult<Plan> {
+    let Some(path) = &args.device_map else {
+        if request.policy != Policy::Accelerate {
+            return plan(request).map_err(plan_error);
+        }
+        let tree = ModuleTree::new(&Module::of_model(&request.spec, request.weight_dtype), &[])?;
+        let map = accelerate_map(&tree, &args.placement)?;
+        return Plan::from_hugging_face(&map, request).map_err(plan_error);
+    };
+    let failed = |error: &dyn std::fmt::Display| CliError::new(format!("`{}`: {error}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|error| failed(&error))?;
+    let json: serde_json::Value = serde_json::from_str(&text).map_err(|error| failed(&format!("not JSON: {error}")))?;
+    if json.get("schema").is_some() {
+        Plan::from_json(&text, &request.spec).map_err(|error| failed(&error))
+    } else {
+        Plan::from_hugging_face(&text, request).map_err(|error| failed(&error))
+    }
+}
+
+/// What the machine has now: its available memory. (There are no cards in a build without CUDA.)
+fn machine_budgets() -> CliResult<Vec<DeviceBudget>> {
+    let bytes = available_memory()?;
+    tracing::info!("host memory available now: {}", format_bytes(bytes));
+    Ok(vec![DeviceBudget { device: Device::Cpu, bytes }])
+}
+
+/// Bytes of host memory that are free or can be freed without swapping.
+pub(crate) fn available_memory() -> CliResult<u64> {
+    meminfo("MemAvailable:")
+}
+
+/// A line of /proc/meminfo, in bytes.
+pub(crate) fn meminfo(key: &str) -> CliResult<u64> {
+    let unreadable = |reason: &str| {
+        CliError::new(format!("cannot tell how much memory this machine has: {reason}")).hint("give `--max-memory cpu:SIZE`")
+    };
+    let text = std::fs::read_to_string("/proc/meminfo").map_err(|error| unreadable(&format!("/proc/meminfo: {error}")))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(key));
+    let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    Ok(kib.ok_or_else(|| unreadable("/proc/meminfo has no such line"))? * 1024)
+}

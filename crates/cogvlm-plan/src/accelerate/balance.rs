@@ -1,5 +1,7 @@
 //! Balanced budgets: `device_map="auto"`, `"balanced"` and `"balanced_low_0"`.
 
+use std::collections::HashSet;
+
 use super::error::AccelerateError;
 use super::memory::{DeviceKey, MaxMemory};
 use super::size::Size;
@@ -47,13 +49,12 @@ pub(crate) fn balance(
 /// A quarter more than the larger of the greatest no-split block and the mean innermost module.
 fn rounding_room(tree: &ModuleTree, sizes: &Sizes, no_split: &[String]) -> Size {
     let holds = HoldsTensors::new(tree);
-    let block = no_split.iter().filter_map(|class| holds.first_of_class(tree, class)).map(|node| sizes.of(node)).max();
     let is_innermost = |&node: &NodeId| holds.any[node] && !tree.children(node).any(|child| holds.any[child]);
     let innermost: Vec<_> =
         (ROOT + 1..tree.num_nodes()).filter(|&node| tree.is_module(node)).filter(is_innermost).collect();
     let innermost_sum: Size = innermost.iter().map(|&node| sizes.of(node)).sum();
     let mean = (innermost_sum.to_f64() / innermost.len().max(1) as f64).trunc();
-    let room = 1.25 * block.unwrap_or_default().to_f64().max(mean);
+    let room = 1.25 * holds.largest_block(tree, sizes, no_split).to_f64().max(mean);
     Size::from_bytes(room as i128)
 }
 
@@ -79,9 +80,17 @@ impl HoldsTensors {
         holds
     }
 
-    /// The first module of a class in upstream's table of sizes; the root is not considered.
-    fn first_of_class(&self, tree: &ModuleTree, class: &str) -> Option<NodeId> {
-        let of_class = || (ROOT + 1..tree.num_nodes()).filter(|&node| tree.class(node) == Some(class));
-        of_class().find(|&node| self.parameters[node]).or_else(|| of_class().find(|&node| self.any[node]))
+    /// The greatest among the first module of each no-split class in upstream's table; the root is not considered.
+    fn largest_block(&self, tree: &ModuleTree, sizes: &Sizes, no_split: &[String]) -> Size {
+        let mut missing: HashSet<&str> = no_split.iter().map(String::as_str).collect();
+        let mut largest = Size::ZERO;
+        for listed in [&self.parameters, &self.any] {
+            for node in (ROOT + 1..tree.num_nodes()).filter(|&node| listed[node]) {
+                if tree.class(node).is_some_and(|class| missing.remove(class)) {
+                    largest = largest.max(sizes.of(node));
+                }
+            }
+        }
+        largest
     }
 }

@@ -25,6 +25,8 @@ pub(crate) struct Placement<'a> {
     tree: &'a ModuleTree,
     map: &'a [(NodeId, DeviceKey)],
     device: Vec<Option<DeviceKey>>,
+    /// Where offloaded modules are executed: the first card of the map, the CPU if there is none.
+    main: DeviceKey,
 }
 
 impl<'a> Placement<'a> {
@@ -33,7 +35,8 @@ impl<'a> Placement<'a> {
         for &(key, on) in map {
             device[tree.subtree(key)].fill(Some(on));
         }
-        Self { tree, map, device }
+        let main = map.iter().map(|(_, device)| *device).find(|device| device.is_card()).unwrap_or(DeviceKey::Cpu);
+        Self { tree, map, device, main }
     }
 
     /// Tensors without a device: own buffers of split modules.
@@ -80,18 +83,12 @@ impl<'a> Placement<'a> {
         hazards.into_iter().collect()
     }
 
-    /// Where offloaded modules are executed: the first card of the map, the CPU if there is none.
-    fn main_device(&self) -> DeviceKey {
-        let mut devices = self.map.iter().map(|(_, device)| *device);
-        devices.find(|device| device.is_card()).unwrap_or(DeviceKey::Cpu)
-    }
-
     fn is_offloaded(&self, device: DeviceKey) -> bool {
-        device == DeviceKey::Disk || (device == DeviceKey::Cpu && self.main_device() != DeviceKey::Cpu)
+        device == DeviceKey::Disk || (device == DeviceKey::Cpu && self.main != DeviceKey::Cpu)
     }
 
     fn executing(&self, device: DeviceKey) -> DeviceKey {
-        if self.is_offloaded(device) { self.main_device() } else { device }
+        if self.is_offloaded(device) { self.main } else { device }
     }
 
     /// Devices that execute the tensors below a module.
@@ -107,8 +104,9 @@ impl<'a> Placement<'a> {
         let Some(adapter) = self.tree.children(tower).find(|node| part(node) == "linear_proj") else { return false };
         let mut devices = self.executing_devices(adapter);
         for tensor in self.tree.own_parameters(tower).filter(|node| matches!(part(node), "boi" | "eoi")) {
-            // A key that is a tensor gets no hook: offloaded, it stays where it rests.
-            let is_key = self.map.iter().any(|(key, _)| *key == tensor);
+            // A tensor that is a key of its own gets no hook: offloaded, it stays where it rests. It is one where the
+            // tower as a whole has no device.
+            let is_key = self.device[tower].is_none();
             devices.extend(self.device[tensor].map(|device| if is_key { device } else { self.executing(device) }));
         }
         devices.len() > 1

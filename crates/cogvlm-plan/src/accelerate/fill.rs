@@ -21,7 +21,7 @@ pub(crate) struct Filled {
     pub(crate) partners: HashSet<NodeId>,
     /// For each device left empty, what the first refused entry would have needed.
     pub(crate) minimum_bytes: Vec<(DeviceKey, Size)>,
-    /// Bytes in use by device, the reserve included where the device was left.
+    /// Bytes in use by device, in the order of filling, the reserve included where the device was left.
     pub(crate) used: Vec<(DeviceKey, Size)>,
 }
 

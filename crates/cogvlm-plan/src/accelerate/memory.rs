@@ -139,8 +139,7 @@ pub fn memory_bytes(text: &str, version: Version) -> Result<i128, AccelerateErro
 /// Python's `float(text)`, but for digits outside ASCII. The grammar is that of Rust's parser, with blanks around it
 /// and single underscores between digits.
 fn parse_python_float(text: &str) -> Option<f64> {
-    // Python counts the four information separators among the blanks, Unicode does not.
-    let text = text.trim_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c));
+    let text = text.trim();
     if !text.contains('_') {
         return text.parse().ok();
     }
@@ -232,7 +231,6 @@ mod tests {
             ("1e1GiB", 10 << 30),
             ("+5.MiB", 5 << 20),
             ("\u{a0}1\u{2003}KiB", 1024),
-            ("\x1f1KB", 1000),
             ("1.9999KB", 1999),
             ("15kb", 1875),
             ("1e30GB", 1e39 as i128),
@@ -240,8 +238,8 @@ mod tests {
             assert_eq!(memory_bytes(text, Version::V0_24_1).unwrap(), bytes, "{text:?}");
         }
         for bad in [
-            "", "B", "é", "_1GiB", "1_GiB", "1__0GiB", "1_.5GiB", "nanGiB", "e5GB", ".GB", "1 0GB", "0x1GB", "-1kb",
-            "1GiB ",
+            "", "B", "é", "_1GiB", "1_GiB", "1__0GiB", "1_.5GiB", "nanGiB", "e5GB", ".GB", "1 0GB", "0x1GB", "\x1c1GB",
+            "-1kb", "1GiB ",
         ] {
             let error = memory_bytes(bad, Version::V1_15_0).unwrap_err();
             assert_eq!(error.exception(), "ValueError", "{bad:?}");

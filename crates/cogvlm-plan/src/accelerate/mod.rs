@@ -179,7 +179,10 @@ fn buffer_warning(
     let buffers = offloaded
         .map(|&(node, _)| buffer_size(tree, node, arguments.version, &arguments.widths))
         .sum::<Result<Size, _>>()?;
-    let used = |card| filled.used.iter().find(|(device, _)| *device == card).map_or(Size::ZERO, |(_, used)| *used);
+    let used = |card| {
+        let at = filled.used.binary_search_by_key(&card, |(device, _)| *device);
+        at.map_or(Size::ZERO, |at| filled.used[at].1)
+    };
     let mut cards = max_memory.budgets().iter().filter(|(device, _)| device.is_card()).peekable();
     let warns =
         buffers > Size::ZERO && cards.peek().is_some() && cards.all(|&(card, budget)| budget < buffers + used(card));

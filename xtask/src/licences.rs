@@ -8,11 +8,17 @@ use serde_json::Value;
 
 /// What is wrong, one line each.
 pub(crate) fn check(root: &Path) -> Vec<String> {
-    let has_cargo_deny = Command::new("cargo").args(["deny", "--version"]).output().is_ok_and(|output| output.status.success());
+    let has_cargo_deny =
+        Command::new("cargo").args(["deny", "--version"]).output().is_ok_and(|output| output.status.success());
     if has_cargo_deny {
         println!("tidy: cargo deny check licenses bans sources");
-        let status = Command::new("cargo").current_dir(root).args(["deny", "check", "licenses", "bans", "sources"]).status();
-        return if status.is_ok_and(|status| status.success()) { Vec::new() } else { vec!["`cargo deny` failed".to_owned()] };
+        let status =
+            Command::new("cargo").current_dir(root).args(["deny", "check", "licenses", "bans", "sources"]).status();
+        return if status.is_ok_and(|status| status.success()) {
+            Vec::new()
+        } else {
+            vec!["`cargo deny` failed".to_owned()]
+        };
     }
     println!("tidy: licences and sources by deny.toml (cargo-deny is not installed)");
     match violations(root) {

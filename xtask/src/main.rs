@@ -57,5 +57,8 @@ fn run(name: &str, command: &mut Command) -> Result<(), String> {
 }
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_owned).expect("xtask lies in the root of the repository")
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .map(Path::to_owned)
+        .expect("xtask lies in the root of the repository")
 }

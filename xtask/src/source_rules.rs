@@ -15,7 +15,8 @@ pub(crate) fn check(root: &Path) -> Vec<String> {
     };
     let mut failures = Vec::new();
     for file in &files {
-        let is_text = ["rs", "md", "toml", "py", "cu", "cuh", "yml"].iter().any(|ending| file.ends_with(&format!(".{ending}")));
+        let is_text =
+            ["rs", "md", "toml", "py", "cu", "cuh", "yml"].iter().any(|ending| file.ends_with(&format!(".{ending}")));
         let Ok(text) = std::fs::read_to_string(root.join(file)) else { continue };
         if is_text {
             failures.extend(text_rules(file, &text));
@@ -32,7 +33,8 @@ pub(crate) fn check(root: &Path) -> Vec<String> {
 }
 
 fn tracked_files(root: &Path) -> Result<Vec<String>, String> {
-    let output = Command::new("git").current_dir(root).args(["ls-files"]).output().map_err(|error| error.to_string())?;
+    let output =
+        Command::new("git").current_dir(root).args(["ls-files"]).output().map_err(|error| error.to_string())?;
     Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
 }
 

@@ -170,10 +170,7 @@ pub trait Backend: Send + Sync + 'static {
     /// before. A slot or a size that does not fit is refused and leaves the slot as it was; a source that cannot be
     /// read is an error here or of [`staged`](Self::staged).
     fn stage(
-        &self,
-        ring: &mut Self::Ring,
-        slot: usize,
-        sources: Vec<StagedSource<Self::Weight>>,
+        &self, ring: &mut Self::Ring, slot: usize, sources: Vec<StagedSource<Self::Weight>>,
     ) -> Result<(), BackendError>;
 
     /// The weights that were last staged into `slot`, in the order given, once they are there.
@@ -194,11 +191,7 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Copies `rows` of `source` to rows `first_row..` of `destination`; same width, same type.
     fn copy_rows(
-        &self,
-        source: &Self::Buffer,
-        rows: Range<usize>,
-        destination: &mut Self::Buffer,
-        first_row: usize,
+        &self, source: &Self::Buffer, rows: Range<usize>, destination: &mut Self::Buffer, first_row: usize,
     ) -> Result<(), BackendError>;
 
     /// Tables for batches of up to the given sizes.
@@ -220,22 +213,12 @@ pub trait Backend: Send + Sync + 'static {
 
     /// `out = weight * x / sqrt(mean(x²) + eps)` on the first `rows` rows, one rounding.
     fn rms_norm(
-        &self,
-        x: &Self::Buffer,
-        weight: &Self::Weight,
-        eps: f32,
-        rows: usize,
-        out: &mut Self::Buffer,
+        &self, x: &Self::Buffer, weight: &Self::Weight, eps: f32, rows: usize, out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
     /// As [`rms_norm`](Self::rms_norm), of the rows that the batch wants logits of: `out[i] = norm(x[logit_rows[i]])`.
     fn rms_norm_logit_rows(
-        &self,
-        x: &Self::Buffer,
-        weight: &Self::Weight,
-        eps: f32,
-        tables: &Self::Tables,
-        out: &mut Self::Buffer,
+        &self, x: &Self::Buffer, weight: &Self::Weight, eps: f32, tables: &Self::Tables, out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
     /// `[q | k | v] = x Wᵀ` with the weight of each row's expert, rounded; then q and k rotated by the row's position
@@ -247,56 +230,33 @@ pub trait Backend: Send + Sync + 'static {
     /// rotation are rounded before their sum is.
     #[expect(clippy::too_many_arguments, reason = "one fused operation, as a GPU runs it")]
     fn qkv_rope_append(
-        &self,
-        x: &Self::Buffer,
-        weights: ExpertWeights<'_, Self::Weight>,
-        ranges: &[ExpertRange],
-        heads: HeadGeometry,
-        rope: &Self::Buffer,
-        mode: RopeMode,
-        tables: &Self::Tables,
-        query: &mut Self::Buffer,
-        kv: &mut Self::Buffer,
+        &self, x: &Self::Buffer, weights: ExpertWeights<'_, Self::Weight>, ranges: &[ExpertRange], heads: HeadGeometry,
+        rope: &Self::Buffer, mode: RopeMode, tables: &Self::Tables, query: &mut Self::Buffer, kv: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
     /// Causal softmax attention of every sequence of the batch over its paged cache, scale `head_dim^-½`; scores and
     /// softmax in f32, though the probabilities may be rounded before the product with the values. Row `j` of a
     /// sequence's rows sees the keys up to its own; slots beyond are not read, or have no effect.
     fn attention(
-        &self,
-        query: &Self::Buffer,
-        kv: &Self::Buffer,
-        heads: HeadGeometry,
-        tables: &Self::Tables,
+        &self, query: &Self::Buffer, kv: &Self::Buffer, heads: HeadGeometry, tables: &Self::Tables,
         out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
     /// `residual += x Wᵀ` with the weight of each row's expert; the product is rounded, then the sum.
     fn linear_residual(
-        &self,
-        x: &Self::Buffer,
-        weights: ExpertWeights<'_, Self::Weight>,
-        ranges: &[ExpertRange],
+        &self, x: &Self::Buffer, weights: ExpertWeights<'_, Self::Weight>, ranges: &[ExpertRange],
         residual: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
     /// `out = silu(x Gᵀ) * (x Uᵀ)` with the weights of each row's expert; rounded: both products, the silu, the result.
     fn gate_up(
-        &self,
-        x: &Self::Buffer,
-        gate: ExpertWeights<'_, Self::Weight>,
-        up: ExpertWeights<'_, Self::Weight>,
-        ranges: &[ExpertRange],
-        out: &mut Self::Buffer,
+        &self, x: &Self::Buffer, gate: ExpertWeights<'_, Self::Weight>, up: ExpertWeights<'_, Self::Weight>,
+        ranges: &[ExpertRange], out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
     /// `logits = x Wᵀ` for the first `rows` rows, rounded to the activation type, stored as f32.
     fn logits(
-        &self,
-        x: &Self::Buffer,
-        weight: &Self::Weight,
-        rows: usize,
-        logits: &mut Self::Buffer,
+        &self, x: &Self::Buffer, weight: &Self::Weight, rows: usize, logits: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
     /// One token for each of the first rows of `logits` ([`sampling::sample`] says which).
@@ -308,34 +268,21 @@ pub trait Backend: Send + Sync + 'static {
     /// `patch · Wᵀ + bias` (rounded), each plus its position embedding (rounded). `pixels`
     /// `[num_images, channels * size * size]`, `out` `[num_images * (patches + 1), width]`.
     fn patch_embed(
-        &self,
-        pixels: &Self::Buffer,
-        weights: PatchWeights<'_, Self::Weight>,
-        geometry: PatchGeometry,
+        &self, pixels: &Self::Buffer, weights: PatchWeights<'_, Self::Weight>, geometry: PatchGeometry,
         out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
     /// `out = activation(x Wᵀ + bias)` on the first `rows` rows; rounded after the bias, and after the activation.
     fn linear(
-        &self,
-        x: &Self::Buffer,
-        weight: &Self::Weight,
-        bias: Option<&Self::Weight>,
-        activation: Activation,
-        rows: usize,
-        out: &mut Self::Buffer,
+        &self, x: &Self::Buffer, weight: &Self::Weight, bias: Option<&Self::Weight>, activation: Activation,
+        rows: usize, out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
     /// Full softmax attention inside each image, in the arithmetic of [`attention`](Self::attention), with as many
     /// key/value heads as query heads. `qkv` `[num_images * num_tokens, 3 * heads * head_dim]`, rows
     /// `[q | k | v]`; `out` `[num_images * num_tokens, heads * head_dim]`.
     fn image_attention(
-        &self,
-        qkv: &Self::Buffer,
-        num_images: usize,
-        num_tokens: usize,
-        heads: HeadGeometry,
-        out: &mut Self::Buffer,
+        &self, qkv: &Self::Buffer, num_images: usize, num_tokens: usize, heads: HeadGeometry, out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
     /// `residual += layer_norm(branch)`; rounded: the norm, the sum.
@@ -343,32 +290,19 @@ pub trait Backend: Send + Sync + 'static {
     /// The norm is `weight * (x - mean) / sqrt(variance + eps) + bias`; the variance is the mean of `(x - mean)²`,
     /// computed so that a large mean costs it no digits.
     fn layer_norm_residual(
-        &self,
-        branch: &Self::Buffer,
-        weight: &Self::Weight,
-        bias: &Self::Weight,
-        eps: f32,
-        rows: usize,
+        &self, branch: &Self::Buffer, weight: &Self::Weight, bias: &Self::Weight, eps: f32, rows: usize,
         residual: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
     /// `x = gelu(layer_norm(x))` in place, the norm as in [`layer_norm_residual`](Self::layer_norm_residual); rounded:
     /// the norm, the gelu.
     fn layer_norm_gelu(
-        &self,
-        x: &mut Self::Buffer,
-        weight: &Self::Weight,
-        bias: &Self::Weight,
-        eps: f32,
-        rows: usize,
+        &self, x: &mut Self::Buffer, weight: &Self::Weight, bias: &Self::Weight, eps: f32, rows: usize,
     ) -> Result<(), BackendError>;
 
     /// Copies a weight of `[.., width]`, rounded, as rows into `first_row..` of `destination` (BOI and EOI beside the
     /// patches).
     fn copy_weight_rows(
-        &self,
-        weight: &Self::Weight,
-        destination: &mut Self::Buffer,
-        first_row: usize,
+        &self, weight: &Self::Weight, destination: &mut Self::Buffer, first_row: usize,
     ) -> Result<(), BackendError>;
 }

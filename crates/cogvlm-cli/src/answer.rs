@@ -41,7 +41,8 @@ pub(crate) struct Timings {
 
 /// Checks sampling flags and turns them into parameters.
 pub(crate) fn sampling_params(args: &SamplingArgs) -> CliResult<SamplingParams> {
-    let refuse = |flag: &str, value: f32, range: &str| Err(CliError::usage(format!("`--{flag} {value}`: it must {range}")));
+    let refuse =
+        |flag: &str, value: f32, range: &str| Err(CliError::usage(format!("`--{flag} {value}`: it must {range}")));
     if !(0.0..=100.0).contains(&args.temperature) {
         return refuse("temperature", args.temperature, "lie between 0 and 100");
     }
@@ -214,7 +215,9 @@ impl<'a> TextStream<'a> {
     fn held_back(&self) -> usize {
         let text = &self.text[self.printed..];
         let longest = |stop: &String| {
-            (1..stop.len().min(text.len() + 1)).rev().find(|len| stop.is_char_boundary(*len) && text.ends_with(&stop[..*len]))
+            (1..stop.len().min(text.len() + 1))
+                .rev()
+                .find(|len| stop.is_char_boundary(*len) && text.ends_with(&stop[..*len]))
         };
         self.stop.iter().filter_map(longest).max().unwrap_or(0)
     }

@@ -96,7 +96,12 @@ pub(crate) struct PlanArgs {
     #[arg(long, value_name = "VERSION", default_value = "0.24.1")]
     pub(crate) accelerate_version: String,
     /// Module classes that accelerate must not split.
-    #[arg(long, value_name = "CLASS,CLASS", value_delimiter = ',', default_value = "CogVLMDecoderLayer,TransformerLayer")]
+    #[arg(
+        long,
+        value_name = "CLASS,CLASS",
+        value_delimiter = ',',
+        default_value = "CogVLMDecoderLayer,TransformerLayer"
+    )]
     pub(crate) no_split: Vec<String>,
     /// Element type that accelerate assumes for all weights: float32, float16, bfloat16, int8, ... [default: as stored]
     #[arg(long, value_name = "TYPE")]

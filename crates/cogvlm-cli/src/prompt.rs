@@ -38,7 +38,8 @@ pub(crate) fn read_history(path: &Path) -> CliResult<Vec<Turn>> {
 
 /// Reads a JSON file of the form that `wanted` describes.
 pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path, wanted: &str) -> CliResult<T> {
-    let text = std::fs::read_to_string(path).map_err(|error| CliError::new(format!("cannot read `{}`: {error}", path.display())))?;
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| CliError::new(format!("cannot read `{}`: {error}", path.display())))?;
     serde_json::from_str(&text).map_err(|error| CliError::new(format!("`{}` is not {wanted}: {error}", path.display())))
 }
 
@@ -70,7 +71,11 @@ pub(crate) fn layout_of_ids(spec: &ModelSpec, path: &Path, has_image: bool) -> C
         Ids::List(ids) | Ids::Object { input_ids: ids } => ids,
     };
     if let Some(id) = ids.iter().find(|id| **id as usize >= spec.vocab_size) {
-        return Err(CliError::new(format!("`{}`: token id {id} is outside the model's vocabulary of {}", path.display(), spec.vocab_size)));
+        return Err(CliError::new(format!(
+            "`{}`: token id {id} is outside the model's vocabulary of {}",
+            path.display(),
+            spec.vocab_size
+        )));
     }
     if ids.first() != Some(&spec.bos_token_id) {
         return Ok(TokenLayout::new(spec, has_image, &ids));

@@ -7,17 +7,17 @@ use std::time::{Duration, Instant};
 use cogvlm_backend::RopeMode;
 use cogvlm_checkpoint::ModelSource;
 use cogvlm_core::memory::format_bytes;
+use cogvlm_core::module_tree::Module;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, ModelConfig, ModelSpec};
 use cogvlm_cpu::CpuBackend;
 use cogvlm_pipeline::{Engine, load_plan};
-use cogvlm_core::module_tree::Module;
 use cogvlm_plan::accelerate::ModuleTree;
 use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates, VIRTUAL_RANK_RESERVE_BYTES};
 use cogvlm_plan::{PlanError, parse_max_memory, plan};
 
-use crate::commands::plan::accelerate_map;
 use crate::args::{BackendArg, ModelArgs, PlacementArgs, RopeArg};
+use crate::commands::plan::accelerate_map;
 use crate::error::{CliError, CliResult};
 use crate::output::note;
 use crate::progress::byte_bar;
@@ -103,7 +103,8 @@ pub(crate) fn plan_error(error: PlanError) -> CliError {
 
 /// What a CUDA request is told by a build without it.
 pub(crate) fn no_cuda() -> CliError {
-    CliError::new("`--backend cuda`: this build has no CUDA backend").hint("run with `--backend cpu`: numbered devices are then virtual ranks on the host")
+    CliError::new("`--backend cuda`: this build has no CUDA backend")
+        .hint("run with `--backend cpu`: numbered devices are then virtual ranks on the host")
 }
 
 /// Opens `MODEL` for running.
@@ -158,7 +159,9 @@ pub(crate) fn request_for(
     let longest = spec.max_position_embeddings;
     let context_len = placement.context.unwrap_or(longest);
     if context_len > longest {
-        return Err(CliError::new(format!("`--context {context_len}` exceeds the {longest} tokens that the model was made for")));
+        return Err(CliError::new(format!(
+            "`--context {context_len}` exceeds the {longest} tokens that the model was made for"
+        )));
     }
     let budgets = match placement.max_memory.as_deref() {
         None | Some("auto") => machine_budgets()?,
@@ -211,9 +214,11 @@ pub(crate) fn available_memory() -> CliResult<u64> {
 /// A line of /proc/meminfo, in bytes.
 pub(crate) fn meminfo(key: &str) -> CliResult<u64> {
     let unreadable = |reason: &str| {
-        CliError::new(format!("cannot tell how much memory this machine has: {reason}")).hint("give `--max-memory cpu:SIZE`")
+        CliError::new(format!("cannot tell how much memory this machine has: {reason}"))
+            .hint("give `--max-memory cpu:SIZE`")
     };
-    let text = std::fs::read_to_string("/proc/meminfo").map_err(|error| unreadable(&format!("/proc/meminfo: {error}")))?;
+    let text =
+        std::fs::read_to_string("/proc/meminfo").map_err(|error| unreadable(&format!("/proc/meminfo: {error}")))?;
     let line = text.lines().find_map(|line| line.strip_prefix(key));
     let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
     Ok(kib.ok_or_else(|| unreadable("/proc/meminfo has no such line"))? * 1024)

@@ -46,8 +46,17 @@ impl Golden {
     fn arguments(&self, dir: &Path) -> Vec<String> {
         let text = |key: &str| self.json[key].as_str().unwrap().to_owned();
         let mut arguments: Vec<String> =
-            ["generate", "--json", "--backend", "cpu", "--ignore-eos", "--tokenizer", "tests/goldens/tokenizer.model"].map(str::to_owned).into();
-        arguments.extend(["--model".to_owned(), self.model(), "--prompt".to_owned(), text("query"), "--template".to_owned(), text("template")]);
+            ["generate", "--json", "--backend", "cpu", "--ignore-eos", "--tokenizer", "tests/goldens/tokenizer.model"]
+                .map(str::to_owned)
+                .into();
+        arguments.extend([
+            "--model".to_owned(),
+            self.model(),
+            "--prompt".to_owned(),
+            text("query"),
+            "--template".to_owned(),
+            text("template"),
+        ]);
         if self.json["history"].as_array().is_some_and(|turns| !turns.is_empty()) {
             let file = dir.join("history.json");
             std::fs::write(&file, self.json["history"].to_string()).unwrap();
@@ -63,7 +72,19 @@ impl Golden {
         let dir = TempDir::new().unwrap();
         let (logits, states) = (dir.path().join("logits.safetensors"), dir.path().join("states.safetensors"));
         let mut arguments = self.arguments(dir.path());
-        arguments.extend(["--dtype", "f32", "--max-new-tokens", "32", "--logits-out", arg(&logits), "--hidden-states-out", arg(&states)].map(str::to_owned));
+        arguments.extend(
+            [
+                "--dtype",
+                "f32",
+                "--max-new-tokens",
+                "32",
+                "--logits-out",
+                arg(&logits),
+                "--hidden-states-out",
+                arg(&states),
+            ]
+            .map(str::to_owned),
+        );
         let found = cogvlm_json(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
         for key in ["prompt", "input_ids", "token_type_ids", "position_ids"] {
             assert_eq!(found[key], self.json[key], "{key}");
@@ -78,7 +99,11 @@ impl Golden {
         assert_eq!(found["output_ids"], greedy["tokens"]);
         assert_eq!(found["text"], greedy["text_skip_special"]);
         for (step, row) in values.chunks(32000).enumerate() {
-            let best = greedy["top5_ids"][step].as_array().unwrap().iter().zip(greedy["top5_logits"][step].as_array().unwrap());
+            let best = greedy["top5_ids"][step]
+                .as_array()
+                .unwrap()
+                .iter()
+                .zip(greedy["top5_logits"][step].as_array().unwrap());
             for (id, logit) in best {
                 let found = f64::from(row[id.as_u64().unwrap() as usize]);
                 // The best logits are about 10; recorded with six decimals.
@@ -110,7 +135,8 @@ impl Golden {
             close(&found[..16], &numbers(&stats["first16"]), name);
             close(&found[found.len() - 16..], &numbers(&stats["last16"]), name);
             let mean = found.iter().map(|value| f64::from(*value)).sum::<f64>() / found.len() as f64;
-            let variance = found.iter().map(|value| (f64::from(*value) - mean).powi(2)).sum::<f64>() / found.len() as f64;
+            let variance =
+                found.iter().map(|value| (f64::from(*value) - mean).powi(2)).sum::<f64>() / found.len() as f64;
             let std = stats["std"].as_f64().unwrap();
             assert!((variance.sqrt() / std - 1.0).abs() < F32_BOUND, "standard deviation of `{name}`");
             assert!((mean - stats["mean"].as_f64().unwrap()).abs() < F32_BOUND * std, "mean of `{name}`");
@@ -124,7 +150,10 @@ impl Golden {
         std::fs::write(&forced, self.json["greedy"]["tokens"].to_string()).unwrap();
         let mut arguments = self.arguments(dir.path());
         arguments.retain(|argument| argument != "--ignore-eos");
-        arguments.extend(["--dtype", "bf16", "--rope", rope, "--force-ids", arg(&forced), "--logits-out", arg(&logits)].map(str::to_owned));
+        arguments.extend(
+            ["--dtype", "bf16", "--rope", rope, "--force-ids", arg(&forced), "--logits-out", arg(&logits)]
+                .map(str::to_owned),
+        );
         let found = cogvlm_json(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
         let (_, values) = read_tensor(&logits, "logits").unwrap();
         let (_, golden) = read_tensor(&self.tensors(), "logits").unwrap();
@@ -138,7 +167,11 @@ impl Golden {
         let undecided = 2.0 * reference["logits_max_abs_error"].as_f64().unwrap();
         let (tokens, margins) = (ids(&self.json["greedy"]["tokens"]), numbers(&self.json["greedy"]["margin"]));
         for (step, (found, golden)) in ids(&found["output_ids"]).iter().zip(&tokens).enumerate() {
-            assert!(found == golden || f64::from(margins[step]) < undecided, "step {step} chose {found}, golden {golden}, margin {}", margins[step]);
+            assert!(
+                found == golden || f64::from(margins[step]) < undecided,
+                "step {step} chose {found}, golden {golden}, margin {}",
+                margins[step]
+            );
         }
     }
 }
@@ -230,7 +263,8 @@ fn check_batch(name: &str, images: &[Option<&str>], batch: &str) {
         .iter()
         .zip(images)
         .map(|(row, image)| {
-            let mut line = serde_json::json!({"prompt": row["query"], "template": row["template"], "history": row["history"]});
+            let mut line =
+                serde_json::json!({"prompt": row["query"], "template": row["template"], "history": row["history"]});
             if let Some(image) = image {
                 line["image"] = golden.beside(image).into();
             }
@@ -240,8 +274,25 @@ fn check_batch(name: &str, images: &[Option<&str>], batch: &str) {
     std::fs::write(&lines, text).unwrap();
     let model = golden.model();
     let outcome = cogvlm(&[
-        "generate", "--json", "--backend", "cpu", "--dtype", "f32", "--ignore-eos", "--max-new-tokens", "32", "--context", "512",
-        "--tokenizer", "tests/goldens/tokenizer.model", "--model", &model, "--batch", batch, "--prompts", arg(&lines),
+        "generate",
+        "--json",
+        "--backend",
+        "cpu",
+        "--dtype",
+        "f32",
+        "--ignore-eos",
+        "--max-new-tokens",
+        "32",
+        "--context",
+        "512",
+        "--tokenizer",
+        "tests/goldens/tokenizer.model",
+        "--model",
+        &model,
+        "--batch",
+        batch,
+        "--prompts",
+        arg(&lines),
     ]);
     assert_eq!(outcome.code, 0, "{}", outcome.stderr);
     let answers: Vec<Value> = outcome.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -270,8 +321,12 @@ fn tiny_batch_two_at_a_time() {
 #[test]
 fn odd_batch() {
     let golden = Golden::open("extra/odd/batch");
-    let files: Vec<Option<String>> =
-        golden.json["rows"].as_array().unwrap().iter().map(|row| row["image_file"].as_str().map(str::to_owned)).collect();
+    let files: Vec<Option<String>> = golden.json["rows"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| row["image_file"].as_str().map(str::to_owned))
+        .collect();
     let files: Vec<Option<&str>> = files.iter().map(Option::as_deref).collect();
     check_batch("extra/odd/batch", &files, "3");
 }

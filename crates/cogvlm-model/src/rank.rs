@@ -91,10 +91,7 @@ impl<B: Backend> Rank<B> {
     /// # Errors
     /// Where the device fails, or a weight cannot be read any more. The rank can be used again afterwards.
     pub fn run_stage(
-        &mut self,
-        units: &[Unit],
-        step: &Step,
-        input: Option<Crossing<B::Parcel>>,
+        &mut self, units: &[Unit], step: &Step, input: Option<Crossing<B::Parcel>>,
     ) -> Result<StageOutput<B::Parcel>, BackendError> {
         let units: Vec<Unit> =
             units.iter().copied().filter(|unit| !unit.is_vision() || !step.images.is_empty()).collect();

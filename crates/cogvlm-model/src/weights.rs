@@ -76,10 +76,7 @@ impl<B: Backend> Weights<B> {
     /// # Errors
     /// Where the device has no room for the ring.
     pub fn new(
-        backend: &B,
-        groups: HashMap<GroupKey, GroupSource<B::Weight>>,
-        num_slots: usize,
-        slot_bytes: usize,
+        backend: &B, groups: HashMap<GroupKey, GroupSource<B::Weight>>, num_slots: usize, slot_bytes: usize,
     ) -> Result<Self, BackendError> {
         let streams = groups.values().any(|source| matches!(source, GroupSource::Streamed(_)));
         let ring = if streams {
@@ -141,11 +138,7 @@ impl<B: Backend> Weights<B> {
 
     /// The groups of the experts that have rows, for one operation.
     pub(crate) fn take_pair(
-        &mut self,
-        backend: &B,
-        unit: Unit,
-        group: fn(Expert) -> WeightGroup,
-        uses: [bool; 2],
+        &mut self, backend: &B, unit: Unit, group: fn(Expert) -> WeightGroup, uses: [bool; 2],
     ) -> Result<TakenPair<B::Weight>, BackendError> {
         let [language, vision] = uses;
         let language = language.then(|| self.take(backend, (unit, group(Expert::Language)))).transpose()?;

@@ -74,12 +74,8 @@ pub enum LoadError {
 /// # Errors
 /// Where a tensor is missing or unreadable, or a device refuses.
 pub fn load_plan<B: Backend>(
-    plan: &Plan,
-    spec: &ModelSpec,
-    source: &dyn WeightSource,
-    rope_mode: RopeMode,
-    make_backend: &dyn Fn(&DevicePlan) -> Result<B, BackendError>,
-    progress: LoadProgress<'_>,
+    plan: &Plan, spec: &ModelSpec, source: &dyn WeightSource, rope_mode: RopeMode,
+    make_backend: &dyn Fn(&DevicePlan) -> Result<B, BackendError>, progress: LoadProgress<'_>,
 ) -> Result<Ranks<B>, LoadError> {
     if spec.grouped_kv {
         return Err(LoadError::Unsupported { model: plan.model.clone() });
@@ -145,10 +141,7 @@ enum SourcePlace<W> {
 
 /// Puts every tensor where the plan says: one thread per device that weights are copied to.
 fn place_weights<B: Backend>(
-    plan: &Plan,
-    source: &dyn WeightSource,
-    backends: &BTreeMap<Device, Arc<B>>,
-    progress: LoadProgress<'_>,
+    plan: &Plan, source: &dyn WeightSource, backends: &BTreeMap<Device, Arc<B>>, progress: LoadProgress<'_>,
 ) -> Result<Vec<PlacedTensor<B::Weight>>, LoadError> {
     let wanted: Vec<(usize, &TensorPlacement)> =
         plan.placements.iter().enumerate().filter(|(_, placement)| !placement.tensor.optional).collect();
@@ -184,9 +177,7 @@ fn rests_on(placement: &TensorPlacement) -> Device {
 }
 
 fn place_tensor<B: Backend>(
-    placement: &TensorPlacement,
-    source: &dyn WeightSource,
-    backends: &BTreeMap<Device, Arc<B>>,
+    placement: &TensorPlacement, source: &dyn WeightSource, backends: &BTreeMap<Device, Arc<B>>,
 ) -> Result<PlacedTensor<B::Weight>, LoadError> {
     let TensorPlacement { tensor, executes_on, residency, bytes } = placement;
     let missing = || LoadError::Missing { tensor: tensor.name.clone() };

@@ -85,8 +85,7 @@ struct RankThread<B: Backend> {
 impl<B: Backend> Ranks<B> {
     /// Starts a thread for each rank. `stages` are in order of execution, each with the index of its rank.
     pub(crate) fn start(
-        ranks: Vec<(Device, Arc<B>, Rank<B>)>,
-        stages: Vec<(usize, Vec<Unit>)>,
+        ranks: Vec<(Device, Arc<B>, Rank<B>)>, stages: Vec<(usize, Vec<Unit>)>,
     ) -> std::io::Result<Self> {
         let routes: Arc<Vec<Route>> = Arc::new(stages.into_iter().map(|(rank, units)| Route { rank, units }).collect());
         let (result_sender, results) = channel();

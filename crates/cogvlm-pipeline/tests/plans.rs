@@ -20,11 +20,7 @@ fn source() -> ModelSource {
 }
 
 fn plan_for(
-    source: &ModelSource,
-    budgets: &[(Device, u64)],
-    policy: Policy,
-    limits: StepLimits,
-    activations: DType,
+    source: &ModelSource, budgets: &[(Device, u64)], policy: Policy, limits: StepLimits, activations: DType,
 ) -> Plan {
     let budgets = budgets.iter().map(|&(device, bytes)| DeviceBudget { device, bytes }).collect();
     plan(&PlanRequest {
@@ -100,7 +96,8 @@ fn logits_do_not_depend_on_the_plan() {
     let source = source();
     let limits = StepLimits::new(64, 3);
     for activations in [DType::F32, DType::Bf16] {
-        let plans: &[(&str, &[(Device, u64)], Policy)] = &[
+        type Case<'a> = (&'a str, &'a [(Device, u64)], Policy);
+        let plans: &[Case<'_>] = &[
             ("one rank", &[(Gpu(0), 64 * MIB)], Policy::Balanced),
             ("two ranks", &[(Gpu(0), 16 * MIB), (Gpu(1), 16 * MIB)], Policy::Balanced),
             (

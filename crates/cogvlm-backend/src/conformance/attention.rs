@@ -44,11 +44,7 @@ pub(crate) fn expected_head(query: &[f32], keys: &[&[f32]], values: &[&[f32]], d
 
 /// The expected output of a whole batch.
 pub(crate) fn expected_rows(
-    query: &[f32],
-    kv: &[f32],
-    heads: HeadGeometry,
-    sequences: &[SequenceRows],
-    dtype: DType,
+    query: &[f32], kv: &[f32], heads: HeadGeometry, sequences: &[SequenceRows], dtype: DType,
 ) -> Vec<Approx> {
     let HeadGeometry { num_heads, num_kv_heads, head_dim } = heads;
     let mut expected = Vec::new();

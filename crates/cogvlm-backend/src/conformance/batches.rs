@@ -41,10 +41,7 @@ const SPARE_BLOCKS: usize = 2;
 /// A batch of sequences, each given as its rows and its context with them; their blocks lie anywhere in the cache.
 /// Gives the number of blocks of the cache too. Position ids are below `num_positions`.
 pub(crate) fn batch(
-    random: &mut Random,
-    sequences: &[(usize, usize)],
-    routing: Routing,
-    num_positions: usize,
+    random: &mut Random, sequences: &[(usize, usize)], routing: Routing, num_positions: usize,
 ) -> (Batch, usize) {
     let num_blocks =
         sequences.iter().map(|(_, context_len)| context_len.div_ceil(BLOCK_LEN)).sum::<usize>() + SPARE_BLOCKS;

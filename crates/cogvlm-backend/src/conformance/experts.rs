@@ -19,10 +19,7 @@ pub(crate) struct ExpertTensors {
 impl ExpertTensors {
     /// The weights of the experts that `ranges` name and no others.
     pub(crate) fn new(
-        random: &mut Random,
-        dtype: DType,
-        [out_features, in_features]: [usize; 2],
-        ranges: &[ExpertRange],
+        random: &mut Random, dtype: DType, [out_features, in_features]: [usize; 2], ranges: &[ExpertRange],
     ) -> Self {
         let mut tensor = |expert: Expert, name: &str| {
             let values = random.values(DType::F32, out_features * in_features, 1.0 / (in_features as f32).sqrt());

@@ -27,11 +27,7 @@ struct GateUp {
 impl GateUp {
     /// Rows of size about `scale`.
     fn new(
-        dtype: DType,
-        weight_dtype: DType,
-        [rows, in_features, out_features]: [usize; 3],
-        routing: Routing,
-        scale: f32,
+        dtype: DType, weight_dtype: DType, [rows, in_features, out_features]: [usize; 3], routing: Routing, scale: f32,
     ) -> Self {
         let mut random = Random::new(51);
         let ranges = routing.ranges(rows);

@@ -143,11 +143,7 @@ pub(crate) fn buffer<B: Backend>(backend: &B, rows: usize, width: usize, values:
 /// A buffer of `dtype` whose first rows are `values`.
 #[track_caller]
 pub(crate) fn typed_buffer<B: Backend>(
-    backend: &B,
-    dtype: DType,
-    rows: usize,
-    width: usize,
-    values: &[f32],
+    backend: &B, dtype: DType, rows: usize, width: usize, values: &[f32],
 ) -> B::Buffer {
     let mut buffer = backend.alloc("test buffer", dtype, [rows, width]).unwrap_or_else(|error| panic!("{error}"));
     backend.write(values, &mut buffer, 0).unwrap_or_else(|error| panic!("{error}"));

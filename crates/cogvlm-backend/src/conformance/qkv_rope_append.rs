@@ -32,12 +32,8 @@ pub(crate) struct QkvRopeAppend {
 
 impl QkvRopeAppend {
     pub(crate) fn new(
-        [dtype, weight_dtype]: [DType; 2],
-        geometry: [usize; 3],
-        hidden_size: usize,
-        sequences: &[(usize, usize)],
-        routing: Routing,
-        mode: RopeMode,
+        [dtype, weight_dtype]: [DType; 2], geometry: [usize; 3], hidden_size: usize, sequences: &[(usize, usize)],
+        routing: Routing, mode: RopeMode,
     ) -> Self {
         let mut random = Random::new(101);
         let heads = heads(geometry);
@@ -65,11 +61,7 @@ impl QkvRopeAppend {
 
     /// Runs on buffers that are there already.
     pub(crate) fn run_on<B: Backend>(
-        &self,
-        backend: &B,
-        weights: &[B::Weight],
-        query: &mut B::Buffer,
-        kv: &mut B::Buffer,
+        &self, backend: &B, weights: &[B::Weight], query: &mut B::Buffer, kv: &mut B::Buffer,
     ) -> Result<(), BackendError> {
         let x = buffer(backend, self.all_rows(), self.hidden_size, &self.x);
         let rope = typed_buffer(backend, DType::F32, NUM_POSITIONS, self.heads.head_dim, &self.rope);

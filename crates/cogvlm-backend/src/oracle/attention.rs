@@ -48,10 +48,7 @@ pub fn image_attention(qkv: &[f32], num_tokens: usize, heads: HeadGeometry, dtyp
 
 /// `softmax(q kᵀ / √head_dim) v` of one query, rounded once.
 fn attend<'a>(
-    query: &[f32],
-    keys: impl Iterator<Item = &'a [f32]>,
-    values: impl Iterator<Item = &'a [f32]>,
-    dtype: DType,
+    query: &[f32], keys: impl Iterator<Item = &'a [f32]>, values: impl Iterator<Item = &'a [f32]>, dtype: DType,
 ) -> Vec<f32> {
     let scale = 1.0 / (query.len() as f64).sqrt();
     let scores: Vec<f64> = keys.map(|key| dot(query, key) * scale).collect();

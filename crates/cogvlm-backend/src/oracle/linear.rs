@@ -7,12 +7,7 @@ use crate::{Activation, ExpertWeights};
 /// [`Backend::linear`](crate::Backend::linear): x `[num_rows, in_features]`, weight `[out_features, in_features]`, bias
 /// `[out_features]`.
 pub fn linear(
-    x: &[f32],
-    weight: &[f32],
-    bias: Option<&[f32]>,
-    in_features: usize,
-    activation: Activation,
-    dtype: DType,
+    x: &[f32], weight: &[f32], bias: Option<&[f32]>, in_features: usize, activation: Activation, dtype: DType,
 ) -> Vec<f32> {
     let mut out = Vec::new();
     for x_row in x.chunks_exact(in_features) {
@@ -30,11 +25,7 @@ pub fn linear(
 
 /// `x Wᵀ` with the weight of each row's expert, rounded.
 pub fn expert_linear(
-    x: &[f32],
-    weights: ExpertWeights<'_, Vec<f32>>,
-    ranges: &[ExpertRange],
-    in_features: usize,
-    dtype: DType,
+    x: &[f32], weights: ExpertWeights<'_, Vec<f32>>, ranges: &[ExpertRange], in_features: usize, dtype: DType,
 ) -> Vec<f32> {
     let mut out = Vec::new();
     for range in ranges {
@@ -51,11 +42,7 @@ pub fn expert_linear(
 
 /// [`Backend::linear_residual`](crate::Backend::linear_residual): `residual + x Wᵀ`.
 pub fn linear_residual(
-    x: &[f32],
-    weights: ExpertWeights<'_, Vec<f32>>,
-    ranges: &[ExpertRange],
-    in_features: usize,
-    residual: &[f32],
+    x: &[f32], weights: ExpertWeights<'_, Vec<f32>>, ranges: &[ExpertRange], in_features: usize, residual: &[f32],
     dtype: DType,
 ) -> Vec<f32> {
     let products = expert_linear(x, weights, ranges, in_features, dtype);
@@ -64,12 +51,8 @@ pub fn linear_residual(
 
 /// [`Backend::gate_up`](crate::Backend::gate_up): `silu(x Gᵀ) * (x Uᵀ)`.
 pub fn gate_up(
-    x: &[f32],
-    gate: ExpertWeights<'_, Vec<f32>>,
-    up: ExpertWeights<'_, Vec<f32>>,
-    ranges: &[ExpertRange],
-    in_features: usize,
-    dtype: DType,
+    x: &[f32], gate: ExpertWeights<'_, Vec<f32>>, up: ExpertWeights<'_, Vec<f32>>, ranges: &[ExpertRange],
+    in_features: usize, dtype: DType,
 ) -> Vec<f32> {
     let gate = expert_linear(x, gate, ranges, in_features, dtype);
     let up = expert_linear(x, up, ranges, in_features, dtype);

@@ -33,12 +33,7 @@ pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, dtype: DTyp
 
 /// [`Backend::layer_norm_residual`](crate::Backend::layer_norm_residual): `residual + layer_norm(branch)`.
 pub fn layer_norm_residual(
-    branch: &[f32],
-    weight: &[f32],
-    bias: &[f32],
-    eps: f32,
-    residual: &[f32],
-    dtype: DType,
+    branch: &[f32], weight: &[f32], bias: &[f32], eps: f32, residual: &[f32], dtype: DType,
 ) -> Vec<f32> {
     let normed = layer_norm(branch, weight, bias, eps, dtype);
     normed.iter().zip(residual).map(|(&n, &r)| round_to(dtype, f64::from(n) + f64::from(r))).collect()

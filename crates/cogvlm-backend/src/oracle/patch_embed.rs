@@ -5,10 +5,7 @@ use crate::{PatchGeometry, PatchWeights};
 
 /// [`Backend::patch_embed`](crate::Backend::patch_embed): pixels `[num_images, channels, size, size]`.
 pub fn patch_embed(
-    pixels: &[f32],
-    weights: PatchWeights<'_, Vec<f32>>,
-    geometry: PatchGeometry,
-    dtype: DType,
+    pixels: &[f32], weights: PatchWeights<'_, Vec<f32>>, geometry: PatchGeometry, dtype: DType,
 ) -> Vec<f32> {
     let PatchGeometry { num_images, num_channels, image_size, patch_size } = geometry;
     let patches_per_side = image_size / patch_size;

@@ -44,16 +44,8 @@ pub fn rotate(head: &mut [f32], angles: &[f32], mode: RopeMode, dtype: DType) {
 /// and writes keys and values to `kv`. x `[num_rows, in_features]`.
 #[expect(clippy::too_many_arguments, reason = "the arguments of the operation")]
 pub fn qkv_rope_append(
-    x: &[f32],
-    weights: ExpertWeights<'_, Vec<f32>>,
-    ranges: &[ExpertRange],
-    in_features: usize,
-    heads: HeadGeometry,
-    rope: &[f32],
-    mode: RopeMode,
-    batch: &Batch,
-    kv: &mut [f32],
-    dtype: DType,
+    x: &[f32], weights: ExpertWeights<'_, Vec<f32>>, ranges: &[ExpertRange], in_features: usize, heads: HeadGeometry,
+    rope: &[f32], mode: RopeMode, batch: &Batch, kv: &mut [f32], dtype: DType,
 ) -> Vec<f32> {
     let HeadGeometry { num_heads, num_kv_heads, head_dim } = heads;
     let qkv = expert_linear(x, weights, ranges, in_features, dtype);

@@ -304,11 +304,7 @@ impl Backend for FaultyBackend {
     }
 
     fn copy_rows(
-        &self,
-        source: &PlainBuffer,
-        rows: Range<usize>,
-        destination: &mut PlainBuffer,
-        first_row: usize,
+        &self, source: &PlainBuffer, rows: Range<usize>, destination: &mut PlainBuffer, first_row: usize,
     ) -> Result<()> {
         let end = if self.has(Fault::CopyDropsLastRow) && rows.len() > 1 { rows.end - 1 } else { rows.end };
         let first_row = if self.has(Fault::CopyIgnoresFirstRow) { 0 } else { first_row };
@@ -338,12 +334,7 @@ impl Backend for FaultyBackend {
     }
 
     fn rms_norm(
-        &self,
-        x: &PlainBuffer,
-        weight: &PlainWeight,
-        eps: f32,
-        rows: usize,
-        out: &mut PlainBuffer,
+        &self, x: &PlainBuffer, weight: &PlainWeight, eps: f32, rows: usize, out: &mut PlainBuffer,
     ) -> Result<()> {
         static CALLS: AtomicUsize = AtomicUsize::new(0);
         let width = x.shape[1];
@@ -384,12 +375,7 @@ impl Backend for FaultyBackend {
     }
 
     fn rms_norm_logit_rows(
-        &self,
-        x: &PlainBuffer,
-        weight: &PlainWeight,
-        eps: f32,
-        tables: &PlainTables,
-        out: &mut PlainBuffer,
+        &self, x: &PlainBuffer, weight: &PlainWeight, eps: f32, tables: &PlainTables, out: &mut PlainBuffer,
     ) -> Result<()> {
         let mut batch = tables.batch.clone();
         if self.has(Fault::LogitRowsAreTheFirst) {
@@ -399,16 +385,8 @@ impl Backend for FaultyBackend {
     }
 
     fn qkv_rope_append(
-        &self,
-        x: &PlainBuffer,
-        weights: ExpertWeights<'_, PlainWeight>,
-        ranges: &[ExpertRange],
-        heads: HeadGeometry,
-        rope: &PlainBuffer,
-        mode: RopeMode,
-        tables: &PlainTables,
-        query: &mut PlainBuffer,
-        kv: &mut PlainBuffer,
+        &self, x: &PlainBuffer, weights: ExpertWeights<'_, PlainWeight>, ranges: &[ExpertRange], heads: HeadGeometry,
+        rope: &PlainBuffer, mode: RopeMode, tables: &PlainTables, query: &mut PlainBuffer, kv: &mut PlainBuffer,
     ) -> Result<()> {
         let HeadGeometry { num_heads, num_kv_heads, head_dim } = heads;
         let batch = &tables.batch;
@@ -465,12 +443,7 @@ impl Backend for FaultyBackend {
     }
 
     fn attention(
-        &self,
-        query: &PlainBuffer,
-        kv: &PlainBuffer,
-        heads: HeadGeometry,
-        tables: &PlainTables,
-        out: &mut PlainBuffer,
+        &self, query: &PlainBuffer, kv: &PlainBuffer, heads: HeadGeometry, tables: &PlainTables, out: &mut PlainBuffer,
     ) -> Result<()> {
         self.inner.attention(query, kv, heads, tables, out)?;
         if !is_attention_fault(self.fault) {
@@ -524,10 +497,7 @@ impl Backend for FaultyBackend {
     }
 
     fn linear_residual(
-        &self,
-        x: &PlainBuffer,
-        weights: ExpertWeights<'_, PlainWeight>,
-        ranges: &[ExpertRange],
+        &self, x: &PlainBuffer, weights: ExpertWeights<'_, PlainWeight>, ranges: &[ExpertRange],
         residual: &mut PlainBuffer,
     ) -> Result<()> {
         let before = residual.values.clone();
@@ -560,12 +530,8 @@ impl Backend for FaultyBackend {
     }
 
     fn gate_up(
-        &self,
-        x: &PlainBuffer,
-        gate: ExpertWeights<'_, PlainWeight>,
-        up: ExpertWeights<'_, PlainWeight>,
-        ranges: &[ExpertRange],
-        out: &mut PlainBuffer,
+        &self, x: &PlainBuffer, gate: ExpertWeights<'_, PlainWeight>, up: ExpertWeights<'_, PlainWeight>,
+        ranges: &[ExpertRange], out: &mut PlainBuffer,
     ) -> Result<()> {
         let (rows, width) = (ranges.last().map_or(0, |range| range.rows.end), x.shape[1]);
         let zeros = PlainWeight::new(&[out.shape[1], width], vec![0.0; out.shape[1] * width]);
@@ -627,10 +593,7 @@ impl Backend for FaultyBackend {
     }
 
     fn patch_embed(
-        &self,
-        pixels: &PlainBuffer,
-        weights: PatchWeights<'_, PlainWeight>,
-        geometry: PatchGeometry,
+        &self, pixels: &PlainBuffer, weights: PatchWeights<'_, PlainWeight>, geometry: PatchGeometry,
         out: &mut PlainBuffer,
     ) -> Result<()> {
         let PatchWeights { projection, bias, class, position } = weights;
@@ -667,12 +630,7 @@ impl Backend for FaultyBackend {
     }
 
     fn linear(
-        &self,
-        x: &PlainBuffer,
-        weight: &PlainWeight,
-        bias: Option<&PlainWeight>,
-        activation: Activation,
-        rows: usize,
+        &self, x: &PlainBuffer, weight: &PlainWeight, bias: Option<&PlainWeight>, activation: Activation, rows: usize,
         out: &mut PlainBuffer,
     ) -> Result<()> {
         self.inner.linear(x, weight, bias, activation, rows, out)?;
@@ -723,12 +681,7 @@ impl Backend for FaultyBackend {
     }
 
     fn image_attention(
-        &self,
-        qkv: &PlainBuffer,
-        num_images: usize,
-        num_tokens: usize,
-        heads: HeadGeometry,
-        out: &mut PlainBuffer,
+        &self, qkv: &PlainBuffer, num_images: usize, num_tokens: usize, heads: HeadGeometry, out: &mut PlainBuffer,
     ) -> Result<()> {
         self.inner.image_attention(qkv, num_images, num_tokens, heads, out)?;
         let HeadGeometry { num_heads, head_dim, .. } = heads;
@@ -756,12 +709,7 @@ impl Backend for FaultyBackend {
     }
 
     fn layer_norm_residual(
-        &self,
-        branch: &PlainBuffer,
-        weight: &PlainWeight,
-        bias: &PlainWeight,
-        eps: f32,
-        rows: usize,
+        &self, branch: &PlainBuffer, weight: &PlainWeight, bias: &PlainWeight, eps: f32, rows: usize,
         residual: &mut PlainBuffer,
     ) -> Result<()> {
         let before = residual.values.clone();
@@ -793,12 +741,7 @@ impl Backend for FaultyBackend {
     }
 
     fn layer_norm_gelu(
-        &self,
-        x: &mut PlainBuffer,
-        weight: &PlainWeight,
-        bias: &PlainWeight,
-        eps: f32,
-        rows: usize,
+        &self, x: &mut PlainBuffer, weight: &PlainWeight, bias: &PlainWeight, eps: f32, rows: usize,
     ) -> Result<()> {
         let width = x.shape[1];
         let before = x.values.clone();

@@ -171,10 +171,7 @@ fn values<'a>(weights: ExpertWeights<'a, PlainWeight>) -> ExpertWeights<'a, Vec<
 
 /// Checks that every expert with rows has a weight `[out_features, in_features]`, and gives the number of rows.
 fn expect_experts(
-    op: &'static str,
-    weights: ExpertWeights<'_, PlainWeight>,
-    ranges: &[ExpertRange],
-    expected: [usize; 2],
+    op: &'static str, weights: ExpertWeights<'_, PlainWeight>, ranges: &[ExpertRange], expected: [usize; 2],
 ) -> Result<usize> {
     let mut end = 0;
     for range in ranges {
@@ -288,11 +285,7 @@ impl Backend for PlainBackend {
     }
 
     fn copy_rows(
-        &self,
-        source: &PlainBuffer,
-        rows: Range<usize>,
-        destination: &mut PlainBuffer,
-        first_row: usize,
+        &self, source: &PlainBuffer, rows: Range<usize>, destination: &mut PlainBuffer, first_row: usize,
     ) -> Result<()> {
         destination.expect("copy_rows", "destination", 0, source.width())?;
         if source.dtype != destination.dtype {
@@ -350,12 +343,7 @@ impl Backend for PlainBackend {
     }
 
     fn rms_norm(
-        &self,
-        x: &PlainBuffer,
-        weight: &PlainWeight,
-        eps: f32,
-        rows: usize,
-        out: &mut PlainBuffer,
+        &self, x: &PlainBuffer, weight: &PlainWeight, eps: f32, rows: usize, out: &mut PlainBuffer,
     ) -> Result<()> {
         weight.expect("rms_norm", "weight", &[x.width()])?;
         x.expect("rms_norm", "x", rows, x.width())?;
@@ -364,12 +352,7 @@ impl Backend for PlainBackend {
     }
 
     fn rms_norm_logit_rows(
-        &self,
-        x: &PlainBuffer,
-        weight: &PlainWeight,
-        eps: f32,
-        tables: &PlainTables,
-        out: &mut PlainBuffer,
+        &self, x: &PlainBuffer, weight: &PlainWeight, eps: f32, tables: &PlainTables, out: &mut PlainBuffer,
     ) -> Result<()> {
         const OP: &str = "rms_norm_logit_rows";
         let rows = &tables.batch.logit_rows;
@@ -382,16 +365,8 @@ impl Backend for PlainBackend {
     }
 
     fn qkv_rope_append(
-        &self,
-        x: &PlainBuffer,
-        weights: ExpertWeights<'_, PlainWeight>,
-        ranges: &[ExpertRange],
-        heads: HeadGeometry,
-        rope: &PlainBuffer,
-        mode: RopeMode,
-        tables: &PlainTables,
-        query: &mut PlainBuffer,
-        kv: &mut PlainBuffer,
+        &self, x: &PlainBuffer, weights: ExpertWeights<'_, PlainWeight>, ranges: &[ExpertRange], heads: HeadGeometry,
+        rope: &PlainBuffer, mode: RopeMode, tables: &PlainTables, query: &mut PlainBuffer, kv: &mut PlainBuffer,
     ) -> Result<()> {
         const OP: &str = "qkv_rope_append";
         let (batch, HeadGeometry { num_heads, num_kv_heads, head_dim }) = (&tables.batch, heads);
@@ -425,12 +400,7 @@ impl Backend for PlainBackend {
     }
 
     fn attention(
-        &self,
-        query: &PlainBuffer,
-        kv: &PlainBuffer,
-        heads: HeadGeometry,
-        tables: &PlainTables,
-        out: &mut PlainBuffer,
+        &self, query: &PlainBuffer, kv: &PlainBuffer, heads: HeadGeometry, tables: &PlainTables, out: &mut PlainBuffer,
     ) -> Result<()> {
         let (batch, width) = (&tables.batch, heads.num_heads * heads.head_dim);
         expect_even_heads("attention", heads)?;
@@ -442,10 +412,7 @@ impl Backend for PlainBackend {
     }
 
     fn linear_residual(
-        &self,
-        x: &PlainBuffer,
-        weights: ExpertWeights<'_, PlainWeight>,
-        ranges: &[ExpertRange],
+        &self, x: &PlainBuffer, weights: ExpertWeights<'_, PlainWeight>, ranges: &[ExpertRange],
         residual: &mut PlainBuffer,
     ) -> Result<()> {
         const OP: &str = "linear_residual";
@@ -458,12 +425,8 @@ impl Backend for PlainBackend {
     }
 
     fn gate_up(
-        &self,
-        x: &PlainBuffer,
-        gate: ExpertWeights<'_, PlainWeight>,
-        up: ExpertWeights<'_, PlainWeight>,
-        ranges: &[ExpertRange],
-        out: &mut PlainBuffer,
+        &self, x: &PlainBuffer, gate: ExpertWeights<'_, PlainWeight>, up: ExpertWeights<'_, PlainWeight>,
+        ranges: &[ExpertRange], out: &mut PlainBuffer,
     ) -> Result<()> {
         const OP: &str = "gate_up";
         let rows = expect_experts(OP, gate, ranges, [out.width(), x.width()])?;
@@ -484,10 +447,7 @@ impl Backend for PlainBackend {
     }
 
     fn patch_embed(
-        &self,
-        pixels: &PlainBuffer,
-        weights: PatchWeights<'_, PlainWeight>,
-        geometry: PatchGeometry,
+        &self, pixels: &PlainBuffer, weights: PatchWeights<'_, PlainWeight>, geometry: PatchGeometry,
         out: &mut PlainBuffer,
     ) -> Result<()> {
         const OP: &str = "patch_embed";
@@ -512,12 +472,7 @@ impl Backend for PlainBackend {
     }
 
     fn linear(
-        &self,
-        x: &PlainBuffer,
-        weight: &PlainWeight,
-        bias: Option<&PlainWeight>,
-        activation: Activation,
-        rows: usize,
+        &self, x: &PlainBuffer, weight: &PlainWeight, bias: Option<&PlainWeight>, activation: Activation, rows: usize,
         out: &mut PlainBuffer,
     ) -> Result<()> {
         let [out_features, in_features] = weight.matrix("linear")?;
@@ -532,12 +487,7 @@ impl Backend for PlainBackend {
     }
 
     fn image_attention(
-        &self,
-        qkv: &PlainBuffer,
-        num_images: usize,
-        num_tokens: usize,
-        heads: HeadGeometry,
-        out: &mut PlainBuffer,
+        &self, qkv: &PlainBuffer, num_images: usize, num_tokens: usize, heads: HeadGeometry, out: &mut PlainBuffer,
     ) -> Result<()> {
         const OP: &str = "image_attention";
         if heads.num_heads != heads.num_kv_heads {
@@ -550,12 +500,7 @@ impl Backend for PlainBackend {
     }
 
     fn layer_norm_residual(
-        &self,
-        branch: &PlainBuffer,
-        weight: &PlainWeight,
-        bias: &PlainWeight,
-        eps: f32,
-        rows: usize,
+        &self, branch: &PlainBuffer, weight: &PlainWeight, bias: &PlainWeight, eps: f32, rows: usize,
         residual: &mut PlainBuffer,
     ) -> Result<()> {
         const OP: &str = "layer_norm_residual";
@@ -569,12 +514,7 @@ impl Backend for PlainBackend {
     }
 
     fn layer_norm_gelu(
-        &self,
-        x: &mut PlainBuffer,
-        weight: &PlainWeight,
-        bias: &PlainWeight,
-        eps: f32,
-        rows: usize,
+        &self, x: &mut PlainBuffer, weight: &PlainWeight, bias: &PlainWeight, eps: f32, rows: usize,
     ) -> Result<()> {
         const OP: &str = "layer_norm_gelu";
         weight.expect(OP, "weight", &[x.width()])?;

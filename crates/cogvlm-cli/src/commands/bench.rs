@@ -131,21 +131,38 @@ fn report(
         return print_line(&object.to_string());
     }
     let lines = [
-        format!("{} in {}, {num_prompt} prompt tokens, batch {batch}, medians of {}", args.model.model, DType::from(args.model.dtype), runs.len()),
+        format!(
+            "{} in {}, {num_prompt} prompt tokens, batch {batch}, medians of {}",
+            args.model.model,
+            DType::from(args.model.dtype),
+            runs.len()
+        ),
         format!("  load      {:9.1} ms   {} of weights placed", load_s * 1e3, format_bytes(weight_bytes)),
         format!("  vision    {:9.1} ms   of the prefill", vision_s * 1e3),
         format!(
             "  prefill   {:9.1} ms   {:8.1} tokens/s  {:8.1} GFLOP/s = {:3.0} % of {:.1} measured",
-            prefill_s * 1e3, num_prompt as f64 / prefill_s, prefill_rate / 1e9, 100.0 * prefill_rate / flops, flops / 1e9
+            prefill_s * 1e3,
+            num_prompt as f64 / prefill_s,
+            prefill_rate / 1e9,
+            100.0 * prefill_rate / flops,
+            flops / 1e9
         ),
         format!(
             "  decode    {:9.2} ms   {:8.1} tokens/s  {:8.2} GB/s = {:3.0} % of {:.2} measured",
-            step_s * 1e3, batch as f64 / step_s, decode_rate / 1e9, 100.0 * decode_rate / read, read / 1e9
+            step_s * 1e3,
+            batch as f64 / step_s,
+            decode_rate / 1e9,
+            100.0 * decode_rate / read,
+            read / 1e9
         ),
     ];
     print_line(&lines.join("\n"))?;
     for (device, memory) in session.engine.memory() {
-        print_line(&format!("  rank {device}: at most {} of {}", format_bytes(memory.peak), format_bytes(memory.capacity)))?;
+        print_line(&format!(
+            "  rank {device}: at most {} of {}",
+            format_bytes(memory.peak),
+            format_bytes(memory.capacity)
+        ))?;
     }
     Ok(())
 }
@@ -170,7 +187,10 @@ impl Work {
             (Unit::Head, _) => 1,
             (Unit::DecoderLayer(_), WeightGroup::Norms | WeightGroup::Whole) => 0,
             (Unit::DecoderLayer(_), group) => {
-                let (WeightGroup::Qkv(expert) | WeightGroup::Dense(expert) | WeightGroup::GateUp(expert) | WeightGroup::Down(expert)) = group
+                let (WeightGroup::Qkv(expert)
+                | WeightGroup::Dense(expert)
+                | WeightGroup::GateUp(expert)
+                | WeightGroup::Down(expert)) = group
                 else {
                     return 0;
                 };
@@ -180,7 +200,8 @@ impl Work {
         let mut work = Self { hot_bytes: 0, vision_flops: 0.0, prefill_flops: 0.0 };
         for tensor in tensor_inventory(spec) {
             // A position embedding is added, not multiplied.
-            let is_matrix = tensor.shape.len() > 1 && tensor.shape[0] > 1 && !tensor.name.ends_with("position_embedding.weight");
+            let is_matrix =
+                tensor.shape.len() > 1 && tensor.shape[0] > 1 && !tensor.name.ends_with("position_embedding.weight");
             let flops = if is_matrix { 2.0 * tensor.num_elements() as f64 * rows(&tensor) as f64 } else { 0.0 };
             work.prefill_flops += flops;
             if tensor.unit.is_vision() {

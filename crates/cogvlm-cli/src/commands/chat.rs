@@ -81,8 +81,8 @@ impl Conversation {
     }
 
     fn turn(
-        &mut self, question: &str, session: &mut Session, tokenizer: &Tokenizer, params: &cogvlm_backend::SamplingParams,
-        args: &SamplingArgs,
+        &mut self, question: &str, session: &mut Session, tokenizer: &Tokenizer,
+        params: &cogvlm_backend::SamplingParams, args: &SamplingArgs,
     ) -> CliResult {
         let spec = session.engine.spec().clone();
         let has_image = self.image.is_some();
@@ -124,7 +124,8 @@ enum Lines {
 impl Lines {
     fn open() -> CliResult<Self> {
         if std::io::stdin().is_terminal() && std::io::stderr().is_terminal() {
-            let editor = DefaultEditor::new().map_err(|error| CliError::new(format!("cannot use this terminal: {error}")))?;
+            let editor =
+                DefaultEditor::new().map_err(|error| CliError::new(format!("cannot use this terminal: {error}")))?;
             return Ok(Self::Person(Box::new(editor)));
         }
         Ok(Self::Pipe(std::io::stdin().lock().lines()))

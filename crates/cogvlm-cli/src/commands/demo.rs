@@ -47,7 +47,11 @@ pub(crate) fn run() -> CliResult {
     let image = Image { pixels: cogvlm_input::image::preprocess(&photo, spec.vision.image_size).into() };
     let (prompt, layout) = layout_of_text(&spec, &tokenizer, spec.template, QUESTION, &[], true)?;
     let num_prompt = layout.input_ids.len();
-    note(&format!("\nimage: tests/data/photo.jpg, {} x {} pixels\nprompt: {prompt} ({num_prompt} tokens with the image's)\nanswer:", photo.width(), photo.height()));
+    note(&format!(
+        "\nimage: tests/data/photo.jpg, {} x {} pixels\nprompt: {prompt} ({num_prompt} tokens with the image's)\nanswer:",
+        photo.width(),
+        photo.height()
+    ));
     let sampling = SamplingArgs {
         max_new_tokens: Some(24),
         temperature: 0.0,

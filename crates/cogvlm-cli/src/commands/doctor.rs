@@ -40,7 +40,11 @@ pub(crate) fn run(args: &DoctorArgs) -> CliResult {
             "host      {threads} threads, {isa}, {} of memory, {} available\n          \
              reads {:.1} GB/s, computes {:.0} GFLOP/s in f32, {:.0} in bf16 (measured now)\n\
              cpu       ready: `--backend cpu` runs here",
-            format_bytes(total), format_bytes(available), read / 1e9, flops[0] / 1e9, flops[1] / 1e9
+            format_bytes(total),
+            format_bytes(available),
+            read / 1e9,
+            flops[0] / 1e9,
+            flops[1] / 1e9
         ))?;
         let cuda = match (&driver, gpus.len()) {
             (_, 0) => "no NVIDIA device on this machine; this build has no CUDA backend".to_owned(),
@@ -57,7 +61,8 @@ fn nvidia_devices() -> Vec<String> {
     let entries = std::fs::read_dir("/dev").into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
     let is_device = |name: &String| {
-        name.strip_prefix("nvidia").is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
+        name.strip_prefix("nvidia")
+            .is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
     };
     let mut devices: Vec<String> = names.filter(is_device).map(|name| format!("/dev/{name}")).collect();
     devices.sort();

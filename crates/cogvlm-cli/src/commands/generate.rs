@@ -59,7 +59,10 @@ pub(crate) fn run(args: &GenerateArgs) -> CliResult {
         max_new_tokens: match &forced {
             Some(forced) => forced.len(),
             // At least one: the last row's logits choose a token even where nothing can follow it.
-            None => args.sampling.max_new_tokens.unwrap_or(context_len.saturating_sub(question.layout.input_ids.len()).max(1)),
+            None => args
+                .sampling
+                .max_new_tokens
+                .unwrap_or(context_len.saturating_sub(question.layout.input_ids.len()).max(1)),
         },
         ignore_eos: args.ignore_eos,
         forced: forced.clone(),
@@ -97,26 +100,31 @@ fn read_questions(args: &GenerateArgs, spec: &ModelSpec, tokenizer: Option<&Toke
         let layout = layout_of_ids(spec, path, image.is_some())?;
         return Ok(vec![Question { prompt: None, layout, image }]);
     }
-    let ask = |query: &str, template: Option<Template>, history: &[Turn], image: Option<&Path>| -> CliResult<Question> {
-        let image = read_image(image)?;
-        let tokenizer = tokenizer.expect("`find_tokenizer` fails where text has none");
-        let template = template.or(args.template.map(Into::into)).unwrap_or(spec.template);
-        let (prompt, layout) = layout_of_text(spec, tokenizer, template, query, history, image.is_some())?;
-        Ok(Question { prompt: Some(prompt), layout, image })
-    };
+    let ask =
+        |query: &str, template: Option<Template>, history: &[Turn], image: Option<&Path>| -> CliResult<Question> {
+            let image = read_image(image)?;
+            let tokenizer = tokenizer.expect("`find_tokenizer` fails where text has none");
+            let template = template.or(args.template.map(Into::into)).unwrap_or(spec.template);
+            let (prompt, layout) = layout_of_text(spec, tokenizer, template, query, history, image.is_some())?;
+            Ok(Question { prompt: Some(prompt), layout, image })
+        };
     let Some(path) = &args.prompts else {
         let history = args.history.as_deref().map(read_history).transpose()?.unwrap_or_default();
         return Ok(vec![ask(args.prompt.as_deref().unwrap_or_default(), None, &history, args.image.as_deref())?]);
     };
-    let text = std::fs::read_to_string(path).map_err(|error| CliError::new(format!("cannot read `{}`: {error}", path.display())))?;
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| CliError::new(format!("cannot read `{}`: {error}", path.display())))?;
     let mut questions = Vec::new();
     for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let at = |error: &dyn std::fmt::Display| CliError::new(format!("line {} of `{}`: {error}", index + 1, path.display()));
+        let at = |error: &dyn std::fmt::Display| {
+            CliError::new(format!("line {} of `{}`: {error}", index + 1, path.display()))
+        };
         let line: PromptLine = serde_json::from_str(line).map_err(|error| at(&error))?;
         let history: Vec<Turn> = line.history.into_iter().map(|(question, answer)| Turn { question, answer }).collect();
         // Images are named relative to the file that names them.
         let image = line.image.map(|image| path.parent().unwrap_or(Path::new("")).join(image));
-        questions.push(ask(&line.prompt, line.template, &history, image.as_deref()).map_err(|error| at(&error.message()))?);
+        questions
+            .push(ask(&line.prompt, line.template, &history, image.as_deref()).map_err(|error| at(&error.message()))?);
     }
     if questions.is_empty() {
         return Err(CliError::new(format!("`{}` holds no question", path.display())));
@@ -173,9 +181,10 @@ fn report(session: &Session, question: &Question, answer: &Answer) -> serde_json
 pub(crate) fn write_tensors(path: &Path, tensors: &[(&str, Vec<usize>, &[f32])]) -> CliResult {
     let bytes: Vec<Vec<u8>> =
         tensors.iter().map(|(_, _, values)| values.iter().flat_map(|value| value.to_le_bytes()).collect()).collect();
-    let views = tensors.iter().zip(&bytes).map(|((name, shape, _), bytes)| {
-        TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (*name, view))
-    });
+    let views = tensors
+        .iter()
+        .zip(&bytes)
+        .map(|((name, shape, _), bytes)| TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (*name, view)));
     let views: HashMap<_, _> = views.collect::<Result<_, _>>()?;
     write_file(path, &safetensors::serialize(views, None)?)
 }

@@ -48,8 +48,16 @@ pub(crate) fn run(args: &InspectArgs) -> CliResult {
             config.vocab_size,
             config.template
         ),
-        format!("  weights   {} tensors, {} parameters, {}", report.num_tensors, report.num_parameters, format_bytes(report.tensor_bytes)),
-        format!("  inv_freq  {}", if report.stores_inv_freq { "stored, and used" } else { "not stored: computed by the formula" }),
+        format!(
+            "  weights   {} tensors, {} parameters, {}",
+            report.num_tensors,
+            report.num_parameters,
+            format_bytes(report.tensor_bytes)
+        ),
+        format!(
+            "  inv_freq  {}",
+            if report.stores_inv_freq { "stored, and used" } else { "not stored: computed by the formula" }
+        ),
     ];
     for (dtype, count) in &report.dtypes {
         lines.push(format!("  {dtype:<8}  {} tensors, {}", count.num_tensors, format_bytes(count.tensor_bytes)));

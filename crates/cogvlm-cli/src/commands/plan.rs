@@ -4,7 +4,9 @@ use std::io::{BufRead, Write};
 
 use cogvlm_core::DType;
 use cogvlm_core::memory::format_bytes;
-use cogvlm_plan::accelerate::{self, Arguments, Balanced, DeviceKey, ElementType, MaxMemory, ModuleTree, Version, Widths};
+use cogvlm_plan::accelerate::{
+    self, Arguments, Balanced, DeviceKey, ElementType, MaxMemory, ModuleTree, Version, Widths,
+};
 use cogvlm_plan::plan::{CUDA_RESERVE_BYTES, Policy, Rates};
 use cogvlm_plan::requests::{RequestError, TreeCache, answer_line};
 use cogvlm_plan::{PLAN_SCHEMA, plan};
@@ -21,7 +23,9 @@ pub(crate) fn run(args: &PlanArgs) -> CliResult {
         return answer_requests();
     }
     if args.module_tree.is_some() && args.placement.policy != PolicyArg::Accelerate {
-        return Err(CliError::usage("`--module-tree` needs `--policy accelerate`: other policies plan CogVLM configurations"));
+        return Err(CliError::usage(
+            "`--module-tree` needs `--policy accelerate`: other policies plan CogVLM configurations",
+        ));
     }
     if args.placement.policy == PolicyArg::Accelerate {
         return accelerate_plan(args);
@@ -55,7 +59,11 @@ fn read_rates(path: &std::path::Path) -> CliResult<Rates> {
         return Err(CliError::new(format!("`{key}` in `{}` is {rate}; a rate is above 0", path.display())));
     }
     if !(0.0..60.0).contains(&rates.hop_s) {
-        return Err(CliError::new(format!("`hop_s` in `{}` is {}; it lies between 0 and 60 s", path.display(), rates.hop_s)));
+        return Err(CliError::new(format!(
+            "`hop_s` in `{}` is {}; it lies between 0 and 60 s",
+            path.display(),
+            rates.hop_s
+        )));
     }
     Ok(rates)
 }
@@ -67,7 +75,8 @@ fn answer_requests() -> CliResult {
     let mut stdin = std::io::stdin().lock();
     loop {
         let mut line = Vec::new();
-        let length = stdin.read_until(b'\n', &mut line).map_err(|error| CliError::new(format!("cannot read stdin: {error}")))?;
+        let length =
+            stdin.read_until(b'\n', &mut line).map_err(|error| CliError::new(format!("cannot read stdin: {error}")))?;
         if length == 0 {
             return Ok(());
         }
@@ -140,10 +149,15 @@ fn accelerate_plan(args: &PlanArgs) -> CliResult {
     };
     let mut notices: Vec<String> = answer.warnings.iter().chain(&answer.check_warnings).cloned().collect();
     notices.extend(answer.minimum_bytes.iter().map(|(device, bytes)| {
-        format!("nothing is on `{device}`: the first entry refused there needs {} with the reserve", format_bytes(bytes.to_f64() as u64))
+        format!(
+            "nothing is on `{device}`: the first entry refused there needs {} with the reserve",
+            format_bytes(bytes.to_f64() as u64)
+        )
     }));
     notices.extend(answer.check_error.iter().map(|error| format!("check_device_map would refuse this map: {error}")));
-    notices.extend(answer.upstream_hazards.iter().map(|hazard| format!("the published code fails under this map: {hazard:?}")));
+    notices.extend(
+        answer.upstream_hazards.iter().map(|hazard| format!("the published code fails under this map: {hazard:?}")),
+    );
     if args.json {
         let devices: Map<String, Value> = answer
             .device_bytes
@@ -170,12 +184,21 @@ fn accelerate_plan(args: &PlanArgs) -> CliResult {
     }
     let mut lines = vec![format!("{name}: device map of accelerate {}", version.as_str())];
     for (device, bytes) in &answer.device_bytes {
-        let budget = budget_of(*device).map_or_else(|| "no limit".to_owned(), |budget| format_bytes(budget.max(0.0) as u64));
+        let budget =
+            budget_of(*device).map_or_else(|| "no limit".to_owned(), |budget| format_bytes(budget.max(0.0) as u64));
         lines.push(format!("  {device:<5} {} of {budget}", format_bytes(bytes.to_f64() as u64)));
     }
-    lines.extend(answer.device_map.iter().map(|(key, device)| format!("    {:<44} {device}", if key.is_empty() { "(everything)" } else { key })));
+    lines.extend(
+        answer
+            .device_map
+            .iter()
+            .map(|(key, device)| format!("    {:<44} {device}", if key.is_empty() { "(everything)" } else { key })),
+    );
     lines.extend(notices.iter().map(|notice| format!("note: {notice}")));
-    lines.push("note: accelerate plans weights only; KV cache, activations and the CUDA context are not counted here".to_owned());
+    lines.push(
+        "note: accelerate plans weights only; KV cache, activations and the CUDA context are not counted here"
+            .to_owned(),
+    );
     print_line(&lines.join("\n"))
 }
 
@@ -190,7 +213,8 @@ fn accelerate_arguments(args: &PlanArgs) -> CliResult<Arguments> {
         CliError::usage(format!("`--accelerate-version {}`: {known} are reproduced", args.accelerate_version))
     })?;
     let dtype = args.dtype.as_deref().map(|name| {
-        ElementType::parse(name).ok_or_else(|| CliError::usage(format!("`--dtype {name}` is no element type of PyTorch")))
+        ElementType::parse(name)
+            .ok_or_else(|| CliError::usage(format!("`--dtype {name}` is no element type of PyTorch")))
     });
     Ok(Arguments {
         version,
@@ -205,7 +229,8 @@ fn accelerate_arguments(args: &PlanArgs) -> CliResult<Arguments> {
 fn accelerate_budgets(placement: &PlacementArgs) -> CliResult<Vec<(DeviceKey, accelerate::Amount)>> {
     let text = placement.max_memory.as_deref().filter(|text| *text != "auto");
     let text = text.ok_or_else(|| {
-        CliError::usage("`--policy accelerate` needs `--max-memory`").hint("like `--max-memory 0:20GiB,1:20GiB,cpu:16GiB`")
+        CliError::usage("`--policy accelerate` needs `--max-memory`")
+            .hint("like `--max-memory 0:20GiB,1:20GiB,cpu:16GiB`")
     })?;
     Ok(accelerate::parse_max_memory(text)?)
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cogvlm_checkpoint::{Monitor, ModelSource, Progress, SyntheticModel, digest, parse_shard_size, write_checkpoint};
+use cogvlm_checkpoint::{ModelSource, Monitor, Progress, SyntheticModel, digest, parse_shard_size, write_checkpoint};
 use cogvlm_core::memory::format_bytes;
 
 use crate::args::SynthArgs;

@@ -9,7 +9,8 @@ use crate::error::{CliError, CliResult};
 
 pub(crate) fn run(args: &TokenizeArgs) -> CliResult {
     let path = args.tokenizer.tokenizer.as_ref().ok_or_else(|| {
-        CliError::usage("`tokenize` needs `--tokenizer FILE`").hint("a SentencePiece `tokenizer.model` or a `tokenizer.json`")
+        CliError::usage("`tokenize` needs `--tokenizer FILE`")
+            .hint("a SentencePiece `tokenizer.model` or a `tokenizer.json`")
     })?;
     let tokenizer = Tokenizer::open(path)?;
     let mut stdout = std::io::BufWriter::new(std::io::stdout().lock());
@@ -20,10 +21,12 @@ pub(crate) fn run(args: &TokenizeArgs) -> CliResult {
             continue;
         }
         let answer = if args.decode {
-            let ids: Vec<u32> = serde_json::from_str(&line).map_err(|error| at(&format!("not a JSON list of ids: {error}")))?;
+            let ids: Vec<u32> =
+                serde_json::from_str(&line).map_err(|error| at(&format!("not a JSON list of ids: {error}")))?;
             serde_json::to_string(&tokenizer.decode(&ids, args.skip_special).map_err(|error| at(&error))?)
         } else {
-            let text: String = serde_json::from_str(&line).map_err(|error| at(&format!("not a JSON string: {error}")))?;
+            let text: String =
+                serde_json::from_str(&line).map_err(|error| at(&format!("not a JSON string: {error}")))?;
             let ids = if args.plain { tokenizer.encode_plain(&text) } else { tokenizer.encode(&text) };
             serde_json::to_string(&ids.map_err(|error| at(&error))?)
         };

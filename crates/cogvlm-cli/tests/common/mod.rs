@@ -7,24 +7,24 @@ use std::process::{Command, Output, Stdio};
 use serde_json::Value;
 
 /// A path inside the repository.
-pub fn repo(path: &str) -> PathBuf {
+pub(crate) fn repo(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
 }
 
 /// What a run printed, and its exit code.
-pub struct Outcome {
-    pub code: i32,
-    pub stdout: String,
-    pub stderr: String,
+pub(crate) struct Outcome {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 /// Runs the program in the root of the repository.
-pub fn cogvlm(arguments: &[&str]) -> Outcome {
+pub(crate) fn cogvlm(arguments: &[&str]) -> Outcome {
     cogvlm_with_stdin(arguments, "")
 }
 
 /// [`cogvlm`], with something to read.
-pub fn cogvlm_with_stdin(arguments: &[&str], stdin: &str) -> Outcome {
+pub(crate) fn cogvlm_with_stdin(arguments: &[&str], stdin: &str) -> Outcome {
     use std::io::Write;
     let mut child = Command::new(env!("CARGO_BIN_EXE_cogvlm-shard"))
         .args(arguments)
@@ -42,20 +42,20 @@ pub fn cogvlm_with_stdin(arguments: &[&str], stdin: &str) -> Outcome {
 }
 
 /// Runs the program, which has to succeed, and reads the JSON object that it prints.
-pub fn cogvlm_json(arguments: &[&str]) -> Value {
+pub(crate) fn cogvlm_json(arguments: &[&str]) -> Value {
     let outcome = cogvlm(arguments);
     assert_eq!(outcome.code, 0, "{arguments:?}: {}", outcome.stderr);
     serde_json::from_str(&outcome.stdout).unwrap_or_else(|error| panic!("{arguments:?}: {error}: {}", outcome.stdout))
 }
 
 /// The program refuses: exit code, one `error:` line, perhaps a `hint:`, no panic. Gives the error line.
-pub fn refusal(arguments: &[&str], code: i32) -> String {
+pub(crate) fn refusal(arguments: &[&str], code: i32) -> String {
     let outcome = cogvlm(arguments);
     assert_refusal(&outcome, code, &format!("{arguments:?}"))
 }
 
 /// See [`refusal`].
-pub fn assert_refusal(outcome: &Outcome, code: i32, what: &str) -> String {
+pub(crate) fn assert_refusal(outcome: &Outcome, code: i32, what: &str) -> String {
     let Outcome { code: found, stderr, .. } = outcome;
     assert_eq!(*found, code, "{what}: {stderr}");
     assert!(!stderr.contains("panicked"), "{what}: {stderr}");
@@ -65,7 +65,7 @@ pub fn assert_refusal(outcome: &Outcome, code: i32, what: &str) -> String {
 }
 
 /// Reads an f32 tensor of a safetensors file: shape and values.
-pub fn read_tensor(path: &Path, name: &str) -> Option<(Vec<usize>, Vec<f32>)> {
+pub(crate) fn read_tensor(path: &Path, name: &str) -> Option<(Vec<usize>, Vec<f32>)> {
     let bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let file = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
     let tensor = file.tensor(name).ok()?;
@@ -74,14 +74,14 @@ pub fn read_tensor(path: &Path, name: &str) -> Option<(Vec<usize>, Vec<f32>)> {
 }
 
 /// Names of the tensors of a safetensors file.
-pub fn tensor_names(path: &Path) -> Vec<String> {
+pub(crate) fn tensor_names(path: &Path) -> Vec<String> {
     let bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let file = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
     file.names().into_iter().map(str::to_owned).collect()
 }
 
 /// `RMS(found - golden) / RMS(golden)`
-pub fn relative_rms(found: &[f32], golden: &[f32]) -> f64 {
+pub(crate) fn relative_rms(found: &[f32], golden: &[f32]) -> f64 {
     assert_eq!(found.len(), golden.len());
     let square = |value: f64| value * value;
     let error: f64 = found.iter().zip(golden).map(|(a, b)| square(f64::from(*a) - f64::from(*b))).sum();
@@ -90,12 +90,12 @@ pub fn relative_rms(found: &[f32], golden: &[f32]) -> f64 {
 }
 
 /// A list of integers in a JSON value.
-pub fn ids(value: &Value) -> Vec<u64> {
+pub(crate) fn ids(value: &Value) -> Vec<u64> {
     let list = value.as_array().unwrap_or_else(|| panic!("not a list: {value}"));
     list.iter().map(|id| id.as_u64().expect("an id")).collect()
 }
 
 /// A file name as an argument.
-pub fn arg(path: &Path) -> &str {
+pub(crate) fn arg(path: &Path) -> &str {
     path.to_str().expect("names in tests are UTF-8")
 }

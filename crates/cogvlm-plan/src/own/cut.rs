@@ -49,6 +49,10 @@ impl Caps {
     pub(crate) const NONE: Self = Self { free_bytes: 0, step_bytes: u64::MAX, image_flops: f64::INFINITY };
 }
 
+/// What packing text units depends on: the capacity, whether the table stays, whether the vision tower is there, how many
+/// units, whether the embedding and the head are among them.
+pub(crate) type PackKey = (u64, bool, bool, (usize, bool, bool));
+
 /// A cost to minimise, then one to choose among equals.
 type Cost = (f64, f64);
 
@@ -99,7 +103,9 @@ impl Planner<'_> {
         let mut best = vec![vec![None; num_units + 1]; cards.len() + 1];
         best[cards.len()][num_units] = Some(((0.0, 0.0), num_units));
         for (position, &card) in cards.iter().enumerate().rev() {
-            for start in 0..=num_units {
+            // Only hot overflow begins the first card behind units that the host executes.
+            let last_start = if position == 0 && rule == TextRule::Even { 0 } else { num_units };
+            for start in 0..=last_start {
                 // From the longest share down, so that equal cuts leave the later cards empty.
                 for end in (start..=num_units).rev() {
                     // The embedding stays with the first layer: alone it would only add a hop.
@@ -108,7 +114,11 @@ impl Planner<'_> {
                         continue;
                     }
                     let share = share(card, start..end);
-                    let Some(packed) = self.pack(card, &share, with_table) else { continue };
+                    // Most shares are far too large: see that without packing them.
+                    if rule == TextRule::Even && self.step_bytes(&share.text) > self.cards[card].capacity {
+                        continue;
+                    }
+                    let Some(packed) = self.pack_text(card, &share, with_table) else { continue };
                     let Some(cost) = self.text_cost(rule, &share, &packed) else { continue };
                     let total = match rule {
                         TextRule::Even => (cost.max(rest.0), cost * cost + rest.1),
@@ -266,6 +276,32 @@ impl Planner<'_> {
             return Some(Packed { hot_off: 0, cold_off: 0, free: capacity });
         }
         self.sizes.pack(capacity, share, with_table)
+    }
+
+    /// As [`pack`](Self::pack), where the vision tower is whole or absent. All decoder layers are alike, so that the
+    /// same is asked again and again.
+    fn pack_text(&self, card: usize, share: &Share, with_table: bool) -> Option<Packed> {
+        let (table, head) = (self.sizes.num_vision, self.sizes.units.len() - 1);
+        let text = (share.text.len(), share.text.contains(&table), share.text.contains(&head));
+        let key = (self.cards[card].capacity, with_table, !share.vision.is_empty(), text);
+        *self.packed.borrow_mut().entry(key).or_insert_with(|| self.pack(card, share, with_table))
+    }
+
+    /// Cards of which one each is worth trying for the vision tower, where the text units go to `cards`: of cards
+    /// with the same capacity that neither begin nor end the text units, one stands for all.
+    pub(crate) fn vision_candidates(&self, cards: &[usize]) -> Vec<usize> {
+        let mut known = Vec::new();
+        let role = |card: usize| {
+            let place = cards.iter().position(|member| *member == card);
+            (self.cards[card].capacity, place.is_some(), place == Some(0), place == Some(cards.len() - 1))
+        };
+        let mut candidates: Vec<usize> = (0..self.cards.len()).collect();
+        candidates.retain(|&card| {
+            let is_new = !known.contains(&role(card));
+            known.push(role(card));
+            is_new
+        });
+        candidates
     }
 
     /// Seconds that the host takes for a decode step of the planned batch through `text`.

@@ -6,14 +6,17 @@
 //! Whatever the policy, hot weights stay on cards where the cards can hold them, and nothing rests off the cards where
 //! they can hold everything.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+
 use cogvlm_core::memory::format_bytes;
 use cogvlm_core::{Device, Phase};
 
 use crate::account::{Placement, Times};
 use crate::error::PlanError;
 use crate::plan::{Plan, PlanRequest, Policy};
-use cut::{Caps, Cut, TextRule, VisionRule};
-use pack::Share;
+use cut::{Caps, Cut, PackKey, TextRule, VisionRule};
+use pack::{Packed, Share};
 use settle::Settled;
 use sizes::Sizes;
 
@@ -62,6 +65,8 @@ pub(crate) struct Planner<'a> {
     host: Option<u64>,
     /// Whether weights may rest in the file.
     file: bool,
+    /// Cards packed so far: searches ask for the same again and again.
+    packed: RefCell<HashMap<PackKey, Option<Packed>>>,
 }
 
 /// Beyond every machine, and far enough below the end of the integers for sums.
@@ -83,7 +88,7 @@ impl<'a> Planner<'a> {
         }
         cards.sort_by_key(|card| card.device);
         let sizes = Sizes::new(&request.spec, request.weight_dtype, request.activation_dtype, request.limits);
-        Self { request, sizes, cards, host, file }
+        Self { request, sizes, cards, host, file, packed: RefCell::default() }
     }
 
     fn place(&self, policy: Policy) -> Option<Settled> {
@@ -187,22 +192,23 @@ impl<'a> Planner<'a> {
     }
 
     fn best_hot_resident(&self, cards: &[usize], rule: VisionRule, with_table: bool) -> Option<Settled> {
-        let whole = (0..self.cards.len()).filter_map(|vision_on| {
-            let cuts = self.cut_text(cards, vision_on, TextRule::Even, with_table)?;
-            cuts.after_host(0).map(|(_, cut)| cut)
-        });
-        let mut cuts: Vec<Cut> = Vec::new();
-        for cut in whole {
-            cuts.extend(self.cut_vision(&cut, rule, with_table));
-            cuts.push(cut);
+        let room: u64 = cards.iter().map(|&card| self.cards[card].capacity).sum();
+        if room < self.step_bytes(&(self.sizes.num_vision..self.sizes.units.len())) {
+            return None;
         }
-        cuts.dedup();
-        let settled = cuts.iter().filter_map(|cut| self.settle(cut, with_table));
-        let scored = settled.map(|settled| {
+        let judged = |cut: Cut| {
+            let settled = self.settle(&cut, with_table)?;
             let times = settled.placement.times(&self.sizes, &self.request.rates);
-            (score(rule, &times), settled)
+            Some((score(rule, &times), cut, settled))
+        };
+        let whole = self.vision_candidates(cards).into_iter().filter_map(|vision_on| {
+            let cuts = self.cut_text(cards, vision_on, TextRule::Even, with_table)?;
+            judged(cuts.after_host(0)?.1)
         });
-        scored.min_by(|(a, _), (b, _)| compare(a, b)).map(|(_, settled)| settled)
+        let whole = whole.min_by(|(a, ..), (b, ..)| compare(a, b))?;
+        let split = self.cut_vision(&whole.1, rule, with_table).and_then(judged);
+        let best = split.into_iter().chain([whole]).min_by(|(a, ..), (b, ..)| compare(a, b));
+        best.map(|(.., settled)| settled)
     }
 
     /// Whether rows of the embedding table can be looked up off the cards.
@@ -217,7 +223,7 @@ impl<'a> Planner<'a> {
         let with_table = !self.host_holds_table();
         let (first, num_text) = (self.sizes.num_vision, self.sizes.num_text());
         let mut proposals: Vec<(f64, Cut)> = Vec::new();
-        for vision_on in 0..cards.len() {
+        for vision_on in self.vision_candidates(&cards) {
             let Some(cuts) = self.cut_text(&cards, vision_on, TextRule::Fast, with_table) else { continue };
             // The embedding alone on the host is what `with_table` already stands for.
             let on_host = (0..=num_text).filter(|&count| count != 1 && (count == 0 || self.host.is_some()));

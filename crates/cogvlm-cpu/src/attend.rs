@@ -8,10 +8,10 @@ use half::bf16;
 
 use crate::element::Element;
 use crate::scratch::{Scratch, grown};
-use crate::simd::{self, Isa, PANEL, math, vectorised};
+use crate::simd::{self, Isa, PANEL, Update, math, vectorised};
 
 /// Queries of a block.
-pub(crate) const QUERY_ROWS: usize = 192;
+pub(crate) const QUERY_ROWS: usize = 240;
 
 /// Keys of a block.
 const KEY_ROWS: usize = 256;
@@ -54,7 +54,6 @@ impl<'a, T: Element, K: Fn(usize) -> &'a [T], V: Fn(usize) -> &'a [T]> Attend<'a
 
         for first_key in (0..self.visible(num_queries.saturating_sub(1))).step_by(KEY_ROWS) {
             let keys = first_key..self.visible(num_queries - 1).min(first_key + KEY_ROWS);
-            scores.fill(0.0);
             for first in keys.clone().step_by(PANEL) {
                 let count = PANEL.min(keys.end - first);
                 let rows: [&[u8]; PANEL] =
@@ -64,11 +63,20 @@ impl<'a, T: Element, K: Fn(usize) -> &'a [T], V: Fn(usize) -> &'a [T]> Attend<'a
                     let pairs = grown(pairs, head_dim / 2 * PANEL);
                     simd::pack_pairs(isa, &rows[..count], pairs);
                     let queries = cast_slice(self.queries);
-                    simd::tile_pairs(isa, queries, self.query_stride, num_queries, pairs, scores, KEY_ROWS);
+                    simd::tile_pairs(
+                        isa,
+                        queries,
+                        self.query_stride,
+                        num_queries,
+                        pairs,
+                        scores,
+                        KEY_ROWS,
+                        Update::Set,
+                    );
                 } else {
                     let panel = grown(panel, head_dim * PANEL);
                     simd::pack_f32(isa, T::DTYPE, &rows[..count], panel);
-                    simd::tile_f32(isa, queries, head_dim, num_queries, panel, scores, KEY_ROWS);
+                    simd::tile_f32(isa, queries, head_dim, num_queries, panel, scores, KEY_ROWS, Update::Set);
                 }
             }
 
@@ -93,12 +101,12 @@ impl<'a, T: Element, K: Fn(usize) -> &'a [T], V: Fn(usize) -> &'a [T]> Attend<'a
                 let sums = &mut sums[column..];
                 if use_pairs {
                     let pairs = grown(pairs, depth / 2 * PANEL);
-                    self.pack_value_pairs(keys.clone(), columns, pairs);
-                    simd::tile_pairs(isa, probabilities, KEY_ROWS, num_queries, pairs, sums, stride);
+                    vectorised!(isa, self.pack_value_pairs(keys.clone(), columns, pairs));
+                    simd::tile_pairs(isa, probabilities, KEY_ROWS, num_queries, pairs, sums, stride, Update::Add);
                 } else {
                     let panel = grown(panel, keys.len() * PANEL);
-                    self.pack_values(keys.clone(), columns, panel);
-                    simd::tile_f32(isa, scores, KEY_ROWS, num_queries, panel, sums, stride);
+                    vectorised!(isa, self.pack_values(keys.clone(), columns, panel));
+                    simd::tile_f32(isa, scores, KEY_ROWS, num_queries, panel, sums, stride, Update::Add);
                 }
             }
         }
@@ -120,15 +128,19 @@ impl<'a, T: Element, K: Fn(usize) -> &'a [T], V: Fn(usize) -> &'a [T]> Attend<'a
     }
 
     /// Columns of values, `[keys][PANEL]`.
+    #[inline(always)]
     fn pack_values(&self, keys: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
         for (line, key) in panel.as_chunks_mut::<PANEL>().0.iter_mut().zip(keys) {
             let value = &(self.value)(key)[columns.clone()];
-            line.iter_mut().zip(value).for_each(|(to, from)| *to = from.get());
+            for (to, from) in line.iter_mut().zip(value) {
+                *to = from.get();
+            }
             line[value.len()..].fill(0.0);
         }
     }
 
     /// Columns of pairs of neighbouring values, `[keys / 2][PANEL]`; zero beside a last one without a neighbour.
+    #[inline(always)]
     fn pack_value_pairs(&self, keys: Range<usize>, columns: Range<usize>, pairs: &mut [u32]) {
         let first_keys = keys.clone().step_by(2);
         for (line, key) in pairs.as_chunks_mut::<PANEL>().0.iter_mut().zip(first_keys) {
@@ -136,7 +148,9 @@ impl<'a, T: Element, K: Fn(usize) -> &'a [T], V: Fn(usize) -> &'a [T]> Attend<'a
             if key + 1 < keys.end {
                 let high: &[u16] = cast_slice(&(self.value)(key + 1)[columns.clone()]);
                 let both = low.iter().zip(high);
-                line.iter_mut().zip(both).for_each(|(to, (low, high))| *to = u32::from(*low) | u32::from(*high) << 16);
+                for (to, (low, high)) in line.iter_mut().zip(both) {
+                    *to = u32::from(*low) | u32::from(*high) << 16;
+                }
             } else {
                 line.iter_mut().zip(low).for_each(|(to, low)| *to = u32::from(*low));
             }

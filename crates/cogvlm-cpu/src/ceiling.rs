@@ -6,7 +6,7 @@ use std::time::Instant;
 use cogvlm_core::DType;
 use rayon::prelude::*;
 
-use crate::simd::{self, Isa, PANEL, vectorised};
+use crate::simd::{self, Isa, PANEL, Update, vectorised};
 
 /// Larger than any cache, and large enough to time.
 const READ_BYTES: usize = 1 << 30;
@@ -39,12 +39,12 @@ pub fn flops_per_s(dtype: DType) -> f64 {
         if pairs {
             let (a, b) = (vec![0x3c00_u16; rows * DEPTH], vec![0x3c00_3c00_u32; DEPTH / 2 * PANEL]);
             for _ in 0..rounds {
-                simd::tile_pairs(isa, black_box(&a), DEPTH, rows, &b, &mut sums, PANEL);
+                simd::tile_pairs(isa, black_box(&a), DEPTH, rows, &b, &mut sums, PANEL, Update::Add);
             }
         } else {
             let (a, b) = (vec![1e-3_f32; rows * DEPTH], vec![1e-3_f32; DEPTH * PANEL]);
             for _ in 0..rounds {
-                simd::tile_f32(isa, black_box(&a), DEPTH, rows, &b, &mut sums, PANEL);
+                simd::tile_f32(isa, black_box(&a), DEPTH, rows, &b, &mut sums, PANEL, Update::Add);
             }
         }
         black_box(sums);

@@ -14,7 +14,7 @@ use rayon::ThreadPool;
 
 use crate::element::Element;
 use crate::scratch::{self, Scratch, grown};
-use crate::simd::{self, Isa, PANEL};
+use crate::simd::{self, Isa, PANEL, Update};
 use crate::tiles::{self, Tile};
 use crate::weight::CpuWeight;
 
@@ -103,11 +103,10 @@ impl<T: Element, const N: usize> Product<'_, T, N> {
                 let mut sums = std::mem::take(&mut scratch.sums);
                 let num_rows = tile.rows().len();
                 let values = grown(&mut sums, N * num_rows * stride);
-                values.fill(0.0);
                 for (index, weight) in self.weights.iter().enumerate() {
                     let values = &mut values[index * num_rows * stride..][..num_rows * stride];
                     if self.depth == 0 {
-                        continue;
+                        values.fill(0.0);
                     } else if few {
                         self.dot_rows(isa, &made, weight, tile.columns(), values, stride);
                     } else {
@@ -178,6 +177,7 @@ impl<T: Element, const N: usize> Product<'_, T, N> {
         let Scratch { rows: f32_rows, rows_bf16: bf16_rows, panel, pairs: pair_panel, .. } = scratch;
         for first in (0..self.depth).step_by(step) {
             let depth = step.min(self.depth - first);
+            let update = if first == 0 { Update::Set } else { Update::Add };
             let x = if pairs {
                 Operand::Bf16(self.bf16_rows(bf16_rows, rows.clone(), first, depth))
             } else {
@@ -194,12 +194,12 @@ impl<T: Element, const N: usize> Product<'_, T, N> {
                     Operand::F32((x, lda)) => {
                         let panel = grown(panel, depth * PANEL);
                         simd::pack_f32(isa, weight.dtype(), &panel_rows[..count], panel);
-                        simd::tile_f32(isa, x, lda, rows.len(), panel, sums, stride);
+                        simd::tile_f32(isa, x, lda, rows.len(), panel, sums, stride, update);
                     }
                     Operand::Bf16((x, lda)) => {
                         let panel = grown(pair_panel, depth / 2 * PANEL);
                         simd::pack_pairs(isa, &panel_rows[..count], panel);
-                        simd::tile_pairs(isa, x, lda, rows.len(), panel, sums, stride);
+                        simd::tile_pairs(isa, x, lda, rows.len(), panel, sums, stride, update);
                     }
                 }
             }

@@ -2,9 +2,10 @@
 
 use std::cell::RefCell;
 
-/// About what one thread keeps for packed panels and tiles of sums; grows with the context only by the scores of one
-/// query row block. It is not part of a device's arena.
-pub const SCRATCH_BYTES_PER_THREAD: usize = 4 << 20;
+/// The most that one thread keeps for packed panels, tiles of sums and scores; it does not grow with the context. It is
+/// not part of a device's arena. (240 rows of 512 f32, two panels, 32 Ki sums, and 240 x 256 scores in f32 and bf16,
+/// for heads of up to 512.)
+pub const SCRATCH_BYTES_PER_THREAD: usize = 2 << 20;
 
 /// Arrays that an operation may use while it works on one task. Contents are left over from the task before.
 #[derive(Default)]

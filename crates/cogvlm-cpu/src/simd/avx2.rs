@@ -3,14 +3,14 @@
 
 use std::arch::x86_64::*;
 
-use super::PANEL;
+use super::{PANEL, Update};
 
 /// Rows whose sums are held at once: with two vectors each they leave registers for a line of half a panel.
 const ROWS: usize = 6;
 
 /// As [`super::tile_f32`].
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn tile_f32(a: &[f32], lda: usize, m: usize, b: &[f32], c: &mut [f32], ldc: usize) {
+pub(super) fn tile_f32(a: &[f32], lda: usize, m: usize, b: &[f32], c: &mut [f32], ldc: usize, update: Update) {
     let depth = b.len() / PANEL;
     assert!(m == 0 || a.len() >= (m - 1) * lda + depth, "{m} rows of {depth}, {lda} apart, in {}", a.len());
     assert!(m == 0 || c.len() >= (m - 1) * ldc + PANEL, "{m} rows of {PANEL}, {ldc} apart, in {}", c.len());
@@ -21,12 +21,12 @@ pub(super) fn tile_f32(a: &[f32], lda: usize, m: usize, b: &[f32], c: &mut [f32]
                 let (a, b) = (a.as_ptr().add(first * lda), b.as_ptr().add(half));
                 let c = c.as_mut_ptr().add(first * ldc + half);
                 match m - first {
-                    1 => block::<1>(a, lda, b, depth, c, ldc),
-                    2 => block::<2>(a, lda, b, depth, c, ldc),
-                    3 => block::<3>(a, lda, b, depth, c, ldc),
-                    4 => block::<4>(a, lda, b, depth, c, ldc),
-                    5 => block::<5>(a, lda, b, depth, c, ldc),
-                    _ => block::<ROWS>(a, lda, b, depth, c, ldc),
+                    1 => block::<1>(a, lda, b, depth, c, ldc, update),
+                    2 => block::<2>(a, lda, b, depth, c, ldc, update),
+                    3 => block::<3>(a, lda, b, depth, c, ldc, update),
+                    4 => block::<4>(a, lda, b, depth, c, ldc, update),
+                    5 => block::<5>(a, lda, b, depth, c, ldc, update),
+                    _ => block::<ROWS>(a, lda, b, depth, c, ldc, update),
                 }
             }
         }
@@ -39,7 +39,15 @@ pub(super) fn tile_f32(a: &[f32], lda: usize, m: usize, b: &[f32], c: &mut [f32]
 /// `a` has `M` rows of `depth`, `lda` apart, `b` half of `depth` lines of [`PANEL`], `c` `M` rows of half a
 /// [`PANEL`], `ldc` apart.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn block<const M: usize>(a: *const f32, lda: usize, b: *const f32, depth: usize, c: *mut f32, ldc: usize) {
+unsafe fn block<const M: usize>(
+    a: *const f32,
+    lda: usize,
+    b: *const f32,
+    depth: usize,
+    c: *mut f32,
+    ldc: usize,
+    update: Update,
+) {
     let mut sums = [[_mm256_setzero_ps(); 2]; M];
     for k in 0..depth {
         // SAFETY: line k of b, element k of each row of a, by the contract.
@@ -57,7 +65,8 @@ unsafe fn block<const M: usize>(a: *const f32, lda: usize, b: *const f32, depth:
             // SAFETY: within row `row` of c, by the contract.
             unsafe {
                 let c = c.add(row * ldc + 8 * part);
-                _mm256_storeu_ps(c, _mm256_add_ps(_mm256_loadu_ps(c), sum));
+                let sum = if update == Update::Add { _mm256_add_ps(_mm256_loadu_ps(c), sum) } else { sum };
+                _mm256_storeu_ps(c, sum);
             }
         }
     }

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use cogvlm_core::DType;
 
-use super::PANEL;
+use super::{PANEL, Update};
 
 /// Rows whose sums are held at once: with two vectors each they leave registers for a line of the panel.
 const ROWS: usize = 12;
@@ -38,14 +38,14 @@ fn check_tile(a: usize, lda: usize, m: usize, depth: usize, c: usize, ldc: usize
 
 /// As [`super::tile_f32`].
 #[target_feature(enable = "avx512f")]
-pub(super) fn tile_f32(a: &[f32], lda: usize, m: usize, b: &[f32], c: &mut [f32], ldc: usize) {
+pub(super) fn tile_f32(a: &[f32], lda: usize, m: usize, b: &[f32], c: &mut [f32], ldc: usize, update: Update) {
     let depth = b.len() / PANEL;
     check_tile(a.len(), lda, m, depth, c.len(), ldc);
     for first in (0..m).step_by(ROWS) {
         // SAFETY: `check_tile` holds for all `m` rows, so it does for those from `first` on; b has `depth` lines.
         unsafe {
             let (a, c) = (a.as_ptr().add(first * lda), c.as_mut_ptr().add(first * ldc));
-            by_rows!(m - first, block_f32(a, lda, b.as_ptr(), depth, c, ldc));
+            by_rows!(m - first, block_f32(a, lda, b.as_ptr(), depth, c, ldc, update));
         }
     }
 }
@@ -55,7 +55,15 @@ pub(super) fn tile_f32(a: &[f32], lda: usize, m: usize, b: &[f32], c: &mut [f32]
 /// # Safety
 /// `a` has `M` rows of `depth`, `lda` apart, `b` `depth` lines of [`PANEL`], `c` `M` rows of [`PANEL`], `ldc` apart.
 #[target_feature(enable = "avx512f")]
-unsafe fn block_f32<const M: usize>(a: *const f32, lda: usize, b: *const f32, depth: usize, c: *mut f32, ldc: usize) {
+unsafe fn block_f32<const M: usize>(
+    a: *const f32,
+    lda: usize,
+    b: *const f32,
+    depth: usize,
+    c: *mut f32,
+    ldc: usize,
+    update: Update,
+) {
     let mut sums = [[_mm512_setzero_ps(); 2]; M];
     for k in 0..depth {
         // SAFETY: line k of b, element k of each row of a, by the contract.
@@ -69,19 +77,19 @@ unsafe fn block_f32<const M: usize>(a: *const f32, lda: usize, b: *const f32, de
         }
     }
     // SAFETY: the rows of c, by the contract.
-    unsafe { add_rows(&sums, c, ldc) }
+    unsafe { store_rows(&sums, c, ldc, update) }
 }
 
 /// As [`super::tile_pairs`].
 #[target_feature(enable = "avx512f,avx512bf16")]
-pub(super) fn tile_pairs(a: &[u16], lda: usize, m: usize, b: &[u32], c: &mut [f32], ldc: usize) {
+pub(super) fn tile_pairs(a: &[u16], lda: usize, m: usize, b: &[u32], c: &mut [f32], ldc: usize, update: Update) {
     let num_pairs = b.len() / PANEL;
     check_tile(a.len(), lda, m, 2 * num_pairs, c.len(), ldc);
     for first in (0..m).step_by(ROWS) {
         // SAFETY: as in `tile_f32`.
         unsafe {
             let (a, c) = (a.as_ptr().add(first * lda), c.as_mut_ptr().add(first * ldc));
-            by_rows!(m - first, block_pairs(a, lda, b.as_ptr(), num_pairs, c, ldc));
+            by_rows!(m - first, block_pairs(a, lda, b.as_ptr(), num_pairs, c, ldc, update));
         }
     }
 }
@@ -99,6 +107,7 @@ unsafe fn block_pairs<const M: usize>(
     num_pairs: usize,
     c: *mut f32,
     ldc: usize,
+    update: Update,
 ) {
     let mut sums = [[_mm512_setzero_ps(); 2]; M];
     for k in 0..num_pairs {
@@ -115,22 +124,23 @@ unsafe fn block_pairs<const M: usize>(
         }
     }
     // SAFETY: the rows of c, by the contract.
-    unsafe { add_rows(&sums, c, ldc) }
+    unsafe { store_rows(&sums, c, ldc, update) }
 }
 
-/// Adds sums to `M` rows of `c`.
+/// Puts sums into `M` rows of `c`.
 ///
 /// # Safety
 /// `c` has `M` rows of [`PANEL`], `ldc` apart.
 #[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn add_rows<const M: usize>(sums: &[[__m512; 2]; M], c: *mut f32, ldc: usize) {
+unsafe fn store_rows<const M: usize>(sums: &[[__m512; 2]; M], c: *mut f32, ldc: usize, update: Update) {
     for (row, sums) in sums.iter().enumerate() {
         for (half, &sum) in sums.iter().enumerate() {
             // SAFETY: within row `row`, by the contract.
             unsafe {
                 let c = c.add(row * ldc + 16 * half);
-                _mm512_storeu_ps(c, _mm512_add_ps(_mm512_loadu_ps(c), sum));
+                let sum = if update == Update::Add { _mm512_add_ps(_mm512_loadu_ps(c), sum) } else { sum };
+                _mm512_storeu_ps(c, sum);
             }
         }
     }

@@ -41,17 +41,36 @@ pub(crate) fn pack_pairs(isa: Isa, rows: &[&[u8]], pairs: &mut [u32]) {
     }
 }
 
-/// `C += A B`: `a` `[m, depth]` with rows `lda` apart, `b` `[depth][PANEL]`, `c` `[m, PANEL]` with rows `ldc` apart.
-/// Every sum is in ascending depth.
-pub(crate) fn tile_f32(isa: Isa, a: &[f32], lda: usize, m: usize, b: &[f32], c: &mut [f32], ldc: usize) {
+/// What becomes of the sums that a tile finds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Update {
+    /// They are replaced.
+    Set,
+    /// They are added to.
+    Add,
+}
+
+/// `C = A B`, or `C += A B`: `a` `[m, depth]` with rows `lda` apart, `b` `[depth][PANEL]`, `c` `[m, PANEL]` with rows
+/// `ldc` apart. Every sum is in ascending depth.
+#[expect(clippy::too_many_arguments, reason = "three matrices and where their rows are")]
+pub(crate) fn tile_f32(
+    isa: Isa,
+    a: &[f32],
+    lda: usize,
+    m: usize,
+    b: &[f32],
+    c: &mut [f32],
+    ldc: usize,
+    update: Update,
+) {
     match isa.0 {
         // SAFETY: as in `pack_f32`.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Avx512Bf16 => unsafe { avx512::tile_f32(a, lda, m, b, c, ldc) },
+        Level::Avx512 | Level::Avx512Bf16 => unsafe { avx512::tile_f32(a, lda, m, b, c, ldc, update) },
         // SAFETY: as in `pack_f32`.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => unsafe { avx2::tile_f32(a, lda, m, b, c, ldc) },
-        Level::Portable => portable::tile_f32(a, lda, m, b, c, ldc),
+        Level::Avx2 => unsafe { avx2::tile_f32(a, lda, m, b, c, ldc, update) },
+        Level::Portable => portable::tile_f32(a, lda, m, b, c, ldc, update),
     }
 }
 
@@ -64,13 +83,23 @@ pub(crate) fn has_bf16_dot(isa: Isa) -> bool {
     }
 }
 
-/// `C += A B` as [`tile_f32`], of pairs of bf16: `a` `[m, depth]` in bits of bf16, `b` `[depth / 2][PANEL]`.
-pub(crate) fn tile_pairs(isa: Isa, a: &[u16], lda: usize, m: usize, b: &[u32], c: &mut [f32], ldc: usize) {
+/// As [`tile_f32`], of pairs of bf16: `a` `[m, depth]` in bits of bf16, `b` `[depth / 2][PANEL]`.
+#[expect(clippy::too_many_arguments, reason = "as there")]
+pub(crate) fn tile_pairs(
+    isa: Isa,
+    a: &[u16],
+    lda: usize,
+    m: usize,
+    b: &[u32],
+    c: &mut [f32],
+    ldc: usize,
+    update: Update,
+) {
     match isa.0 {
         // SAFETY: as in `pack_f32`.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512Bf16 => unsafe { avx512::tile_pairs(a, lda, m, b, c, ldc) },
-        _ => portable::tile_pairs(a, lda, m, b, c, ldc),
+        Level::Avx512Bf16 => unsafe { avx512::tile_pairs(a, lda, m, b, c, ldc, update) },
+        _ => portable::tile_pairs(a, lda, m, b, c, ldc, update),
     }
 }
 
@@ -162,7 +191,8 @@ mod tests {
                 for (index, row) in c.chunks_exact(PANEL + 1).enumerate() {
                     let sums: Vec<f32> = expected[index * n..][..n].iter().map(|sum| sum + 1.0).collect();
                     assert_eq!(row[..n], sums, "{isa} {what}: {m} x {n} x {depth}");
-                    assert!(row[n..].iter().all(|&beyond| beyond == 1.0), "{isa} {what}: {m} x {n} x {depth}");
+                    assert!(row[n..PANEL].iter().all(|&beyond| beyond == 1.0), "{isa} {what}: {m} x {n} x {depth}");
+                    assert_eq!(row[PANEL], 7.0, "{isa} {what} writes beside its rows");
                 }
             };
             for dtype in [DType::F32, DType::Bf16, DType::F16] {
@@ -170,8 +200,9 @@ mod tests {
                 let rows: Vec<&[u8]> = w[1..].chunks_exact(depth * dtype.size_bytes()).collect();
                 let mut panel = vec![f32::NAN; depth * PANEL];
                 pack_f32(isa, dtype, &rows, &mut panel);
-                let mut c = vec![1.0; m * (PANEL + 1)];
-                tile_f32(isa, &x, depth, m, &panel, &mut c, PANEL + 1);
+                let mut c = vec![7.0; m * (PANEL + 1)];
+                tile_f32(isa, &x, depth, m, &panel, &mut c, PANEL + 1, Update::Set);
+                tile_f32(isa, &vec![1.0; m], 1, m, &[1.0; PANEL], &mut c, PANEL + 1, Update::Add);
                 check(&c, &format!("{dtype}"));
             }
             if depth.is_multiple_of(2) {
@@ -179,8 +210,10 @@ mod tests {
                 let rows: Vec<&[u8]> = w[1..].chunks_exact(depth * 2).collect();
                 let mut pairs = vec![u32::MAX; depth / 2 * PANEL];
                 pack_pairs(isa, &rows, &mut pairs);
-                let mut c = vec![1.0; m * (PANEL + 1)];
-                tile_pairs(isa, &bits(&x), depth, m, &pairs, &mut c, PANEL + 1);
+                let mut c = vec![7.0; m * (PANEL + 1)];
+                tile_pairs(isa, &bits(&x), depth, m, &pairs, &mut c, PANEL + 1, Update::Set);
+                let one = bits(&[1.0, 0.0].repeat(m));
+                tile_pairs(isa, &one, 2, m, &[0x3f80; PANEL], &mut c, PANEL + 1, Update::Add);
                 check(&c, "pairs");
             }
         });

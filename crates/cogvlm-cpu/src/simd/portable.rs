@@ -3,28 +3,28 @@
 use cogvlm_core::DType;
 use half::{bf16, f16};
 
-use super::PANEL;
+use super::{PANEL, Update};
 use crate::element::Element;
 
 /// Rows whose sums are held at once.
 const ROWS: usize = 2;
 
 /// As [`super::tile_f32`].
-pub(super) fn tile_f32(a: &[f32], lda: usize, m: usize, b: &[f32], c: &mut [f32], ldc: usize) {
+pub(super) fn tile_f32(a: &[f32], lda: usize, m: usize, b: &[f32], c: &mut [f32], ldc: usize, update: Update) {
     let panel = b.as_chunks::<PANEL>().0;
     for first in (0..m).step_by(ROWS) {
         let a = &a[first * lda..];
         let c = &mut c[first * ldc..];
         if m - first >= ROWS {
-            block::<ROWS>(a, lda, panel, c, ldc);
+            block::<ROWS>(a, lda, panel, c, ldc, update);
         } else {
-            block::<1>(a, lda, panel, c, ldc);
+            block::<1>(a, lda, panel, c, ldc, update);
         }
     }
 }
 
 #[inline(always)]
-fn block<const M: usize>(a: &[f32], lda: usize, panel: &[[f32; PANEL]], c: &mut [f32], ldc: usize) {
+fn block<const M: usize>(a: &[f32], lda: usize, panel: &[[f32; PANEL]], c: &mut [f32], ldc: usize, update: Update) {
     // Half a panel at a time: the sums of two rows then fit into sixteen registers of four lanes.
     const HALF: usize = PANEL / 2;
     for half in 0..2 {
@@ -38,7 +38,9 @@ fn block<const M: usize>(a: &[f32], lda: usize, panel: &[[f32; PANEL]], c: &mut 
         }
         for (index, sums) in sums.iter().enumerate() {
             let row = &mut c[index * ldc + half * HALF..][..HALF];
-            row.iter_mut().zip(sums).for_each(|(to, sum)| *to += sum);
+            for (to, sum) in row.iter_mut().zip(sums) {
+                *to = if update == Update::Add { *to + sum } else { *sum };
+            }
         }
     }
 }
@@ -128,10 +130,13 @@ pub(super) fn dots_f32(x: &[f32], depth: usize, dtype: DType, w: &[u8], c: &mut 
 }
 
 /// As [`super::tile_pairs`].
-pub(super) fn tile_pairs(a: &[u16], lda: usize, m: usize, b: &[u32], c: &mut [f32], ldc: usize) {
+pub(super) fn tile_pairs(a: &[u16], lda: usize, m: usize, b: &[u32], c: &mut [f32], ldc: usize, update: Update) {
     let widen = |bits: u32| f32::from_bits(bits << 16);
     for (row, a) in a.chunks(lda).take(m).enumerate() {
         let c = &mut c[row * ldc..][..PANEL];
+        if update == Update::Set {
+            c.fill(0.0);
+        }
         for (pair, line) in a.as_chunks::<2>().0.iter().zip(b.as_chunks::<PANEL>().0) {
             let [first, second] = pair.map(|bits| widen(bits.into()));
             let products = line.iter().map(|&word| first * widen(word) + second * widen(word >> 16));

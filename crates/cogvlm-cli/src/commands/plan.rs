@@ -7,7 +7,7 @@ use cogvlm_core::memory::format_bytes;
 use cogvlm_plan::accelerate::{
     self, Arguments, Balanced, DeviceKey, ElementType, MaxMemory, ModuleTree, Version, Widths,
 };
-use cogvlm_plan::plan::{CUDA_RESERVE_BYTES, Policy, Rates};
+use cogvlm_plan::plan::{CUDA_RESERVE_BYTES, Plan, PlanRequest, Policy, Rates, Residency};
 use cogvlm_plan::requests::{RequestError, TreeCache, answer_line};
 use cogvlm_plan::{PLAN_SCHEMA, plan};
 use serde_json::{Map, Value, json};
@@ -35,7 +35,30 @@ pub(crate) fn run(args: &PlanArgs) -> CliResult {
         request.rates = read_rates(path)?;
     }
     let plan = plan(&request).map_err(plan_error)?;
-    if args.json { print_line(&plan.to_json()) } else { print_line(plan.report(Some(&request)).trim_end()) }
+    if args.json {
+        return print_line(&plan.to_json());
+    }
+    print_line(plan.report(Some(&request)).trim_end())?;
+    print_line(&comparison(&request, &plan))
+}
+
+/// The policies beside each other: what an operator gives for what.
+fn comparison(request: &PlanRequest, chosen: &Plan) -> String {
+    let mut lines = vec![format!("\n{:<12} {:>12} {:>12} {:>16}", "policy", "ms per token", "ms per image", "off its device")];
+    for policy in [Policy::Latency, Policy::Throughput, Policy::Balanced] {
+        let Ok(plan) = plan(&PlanRequest { policy, ..request.clone() }) else { continue };
+        let off_device = plan.placements.iter().filter(|placement| placement.residency != Residency::Device);
+        let off_device: u64 = off_device.map(|placement| placement.bytes).sum();
+        lines.push(format!(
+            "{:<12} {:>12.1} {:>12.0} {:>16} {}",
+            format!("{policy:?}").to_lowercase(),
+            plan.seconds_per_token * 1e3,
+            plan.seconds_per_image * 1e3,
+            format_bytes(off_device),
+            if policy == chosen.policy { "<- this plan" } else { "" }
+        ));
+    }
+    lines.iter().map(|line| line.trim_end()).collect::<Vec<_>>().join("\n")
 }
 
 /// Rates, alone or in what `doctor --json` writes.

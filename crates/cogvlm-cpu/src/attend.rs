@@ -163,11 +163,7 @@ impl<'a, T: Element, K: Fn(usize) -> &'a [T], V: Fn(usize) -> &'a [T]> Attend<'a
 /// rescales what was summed relative to the greatest before.
 #[inline(always)]
 pub(crate) fn accumulate_softmax(
-    scores: &mut [f32],
-    visible: usize,
-    scale: f32,
-    [greatest, total]: &mut [f32; 2],
-    sums: &mut [f32],
+    scores: &mut [f32], visible: usize, scale: f32, [greatest, total]: &mut [f32; 2], sums: &mut [f32],
 ) {
     let (seen, unseen) = scores.split_at_mut(visible);
     unseen.fill(0.0);

@@ -36,10 +36,7 @@ impl CpuBackend {
     /// # Errors
     /// [`BackendError::Unsupported`] for activations in f16.
     pub fn new(
-        device: Device,
-        capacity_bytes: u64,
-        activations: DType,
-        threads: Arc<ThreadPool>,
+        device: Device, capacity_bytes: u64, activations: DType, threads: Arc<ThreadPool>,
     ) -> Result<Self, BackendError> {
         if activations == DType::F16 {
             let reason = "activations in f16 overflow where this model was trained in bf16; use bf16 or f32".to_owned();
@@ -103,10 +100,7 @@ impl Backend for CpuBackend {
     }
 
     fn stage(
-        &self,
-        ring: &mut CpuRing,
-        slot: usize,
-        sources: Vec<StagedSource<CpuWeight>>,
+        &self, ring: &mut CpuRing, slot: usize, sources: Vec<StagedSource<CpuWeight>>,
     ) -> Result<(), BackendError> {
         ring.stage(&self.copier, slot, sources)
     }
@@ -132,11 +126,7 @@ impl Backend for CpuBackend {
     }
 
     fn copy_rows(
-        &self,
-        source: &CpuBuffer,
-        rows: Range<usize>,
-        destination: &mut CpuBuffer,
-        first_row: usize,
+        &self, source: &CpuBuffer, rows: Range<usize>, destination: &mut CpuBuffer, first_row: usize,
     ) -> Result<(), BackendError> {
         destination.copy_rows(source, rows, first_row)
     }
@@ -154,80 +144,45 @@ impl Backend for CpuBackend {
     }
 
     fn rms_norm(
-        &self,
-        x: &CpuBuffer,
-        weight: &CpuWeight,
-        eps: f32,
-        rows: usize,
-        out: &mut CpuBuffer,
+        &self, x: &CpuBuffer, weight: &CpuWeight, eps: f32, rows: usize, out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
         op!(self, rms_norm(x, weight, eps, rows, out))
     }
 
     fn rms_norm_logit_rows(
-        &self,
-        x: &CpuBuffer,
-        weight: &CpuWeight,
-        eps: f32,
-        tables: &CpuTables,
-        out: &mut CpuBuffer,
+        &self, x: &CpuBuffer, weight: &CpuWeight, eps: f32, tables: &CpuTables, out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
         op!(self, rms_norm_logit_rows(x, weight, eps, tables, out))
     }
 
     fn qkv_rope_append(
-        &self,
-        x: &CpuBuffer,
-        weights: ExpertWeights<'_, CpuWeight>,
-        ranges: &[ExpertRange],
-        heads: HeadGeometry,
-        rope: &CpuBuffer,
-        mode: RopeMode,
-        tables: &CpuTables,
-        query: &mut CpuBuffer,
-        kv: &mut CpuBuffer,
+        &self, x: &CpuBuffer, weights: ExpertWeights<'_, CpuWeight>, ranges: &[ExpertRange], heads: HeadGeometry,
+        rope: &CpuBuffer, mode: RopeMode, tables: &CpuTables, query: &mut CpuBuffer, kv: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
         op!(self, qkv_rope_append(x, weights, ranges, heads, rope, mode, tables, query, kv))
     }
 
     fn attention(
-        &self,
-        query: &CpuBuffer,
-        kv: &CpuBuffer,
-        heads: HeadGeometry,
-        tables: &CpuTables,
-        out: &mut CpuBuffer,
+        &self, query: &CpuBuffer, kv: &CpuBuffer, heads: HeadGeometry, tables: &CpuTables, out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
         op!(self, attention(query, kv, heads, tables, out))
     }
 
     fn linear_residual(
-        &self,
-        x: &CpuBuffer,
-        weights: ExpertWeights<'_, CpuWeight>,
-        ranges: &[ExpertRange],
-        residual: &mut CpuBuffer,
+        &self, x: &CpuBuffer, weights: ExpertWeights<'_, CpuWeight>, ranges: &[ExpertRange], residual: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
         op!(self, linear_residual(x, weights, ranges, residual))
     }
 
     fn gate_up(
-        &self,
-        x: &CpuBuffer,
-        gate: ExpertWeights<'_, CpuWeight>,
-        up: ExpertWeights<'_, CpuWeight>,
-        ranges: &[ExpertRange],
-        out: &mut CpuBuffer,
+        &self, x: &CpuBuffer, gate: ExpertWeights<'_, CpuWeight>, up: ExpertWeights<'_, CpuWeight>,
+        ranges: &[ExpertRange], out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
         op!(self, gate_up(x, gate, up, ranges, out))
     }
 
     fn logits(
-        &self,
-        x: &CpuBuffer,
-        weight: &CpuWeight,
-        rows: usize,
-        logits: &mut CpuBuffer,
+        &self, x: &CpuBuffer, weight: &CpuWeight, rows: usize, logits: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
         op!(self, logits(x, weight, rows, logits))
     }
@@ -237,66 +192,39 @@ impl Backend for CpuBackend {
     }
 
     fn patch_embed(
-        &self,
-        pixels: &CpuBuffer,
-        weights: PatchWeights<'_, CpuWeight>,
-        geometry: PatchGeometry,
-        out: &mut CpuBuffer,
+        &self, pixels: &CpuBuffer, weights: PatchWeights<'_, CpuWeight>, geometry: PatchGeometry, out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
         op!(self, patch_embed(pixels, weights, geometry, out))
     }
 
     fn linear(
-        &self,
-        x: &CpuBuffer,
-        weight: &CpuWeight,
-        bias: Option<&CpuWeight>,
-        activation: Activation,
-        rows: usize,
+        &self, x: &CpuBuffer, weight: &CpuWeight, bias: Option<&CpuWeight>, activation: Activation, rows: usize,
         out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
         op!(self, linear(x, weight, bias, activation, rows, out))
     }
 
     fn image_attention(
-        &self,
-        qkv: &CpuBuffer,
-        num_images: usize,
-        num_tokens: usize,
-        heads: HeadGeometry,
-        out: &mut CpuBuffer,
+        &self, qkv: &CpuBuffer, num_images: usize, num_tokens: usize, heads: HeadGeometry, out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
         op!(self, image_attention(qkv, num_images, num_tokens, heads, out))
     }
 
     fn layer_norm_residual(
-        &self,
-        branch: &CpuBuffer,
-        weight: &CpuWeight,
-        bias: &CpuWeight,
-        eps: f32,
-        rows: usize,
+        &self, branch: &CpuBuffer, weight: &CpuWeight, bias: &CpuWeight, eps: f32, rows: usize,
         residual: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
         op!(self, layer_norm_residual(branch, weight, bias, eps, rows, residual))
     }
 
     fn layer_norm_gelu(
-        &self,
-        x: &mut CpuBuffer,
-        weight: &CpuWeight,
-        bias: &CpuWeight,
-        eps: f32,
-        rows: usize,
+        &self, x: &mut CpuBuffer, weight: &CpuWeight, bias: &CpuWeight, eps: f32, rows: usize,
     ) -> Result<(), BackendError> {
         op!(self, layer_norm_gelu(x, weight, bias, eps, rows))
     }
 
     fn copy_weight_rows(
-        &self,
-        weight: &CpuWeight,
-        destination: &mut CpuBuffer,
-        first_row: usize,
+        &self, weight: &CpuWeight, destination: &mut CpuBuffer, first_row: usize,
     ) -> Result<(), BackendError> {
         op!(self, copy_weight_rows(weight, destination, first_row))
     }

@@ -28,10 +28,7 @@ pub struct CpuParcel {
 impl CpuBuffer {
     /// Takes a zeroed buffer from `arena`.
     pub(crate) fn take(
-        arena: &Arena,
-        what: &str,
-        dtype: DType,
-        [rows, columns]: [usize; 2],
+        arena: &Arena, what: &str, dtype: DType, [rows, columns]: [usize; 2],
     ) -> Result<Self, BackendError> {
         if dtype == DType::F16 {
             return Err(unsupported("alloc", format!("{what} cannot be f16: activations are f32 or bf16")));
@@ -62,9 +59,7 @@ impl CpuBuffer {
 
     /// Its elements; an error where it holds another type.
     pub(crate) fn view_mut<T: Element>(
-        &mut self,
-        op: &'static str,
-        argument: &'static str,
+        &mut self, op: &'static str, argument: &'static str,
     ) -> Result<&mut [T], BackendError> {
         self.check_type::<T>(op, argument)?;
         Ok(self.memory.slice_mut())
@@ -129,10 +124,7 @@ impl CpuBuffer {
 
     /// Copies rows of `source`.
     pub(crate) fn copy_rows(
-        &mut self,
-        source: &Self,
-        rows: Range<usize>,
-        first_row: usize,
+        &mut self, source: &Self, rows: Range<usize>, first_row: usize,
     ) -> Result<(), BackendError> {
         let span = source.span("copy_rows", &rows)?;
         let size = source.dtype.size_bytes();
@@ -141,12 +133,7 @@ impl CpuBuffer {
     }
 
     fn accept(
-        &mut self,
-        op: &'static str,
-        dtype: DType,
-        shape: [usize; 2],
-        bytes: &[u8],
-        first_row: usize,
+        &mut self, op: &'static str, dtype: DType, shape: [usize; 2], bytes: &[u8], first_row: usize,
     ) -> Result<(), BackendError> {
         if dtype != self.dtype {
             return Err(unsupported(op, format!("rows of {dtype} cannot go into a buffer of {}", self.dtype)));

@@ -68,11 +68,7 @@ impl<T: Element, const N: usize> Product<'_, T, N> {
     /// Calls `finish` for each row of each tile of `out`, `[rows, columns]`: with the row, its columns, the sums for
     /// them by each weight, and where the results go.
     pub(crate) fn finish_rows<O: Send>(
-        &self,
-        isa: Isa,
-        pool: &ThreadPool,
-        out: &mut [O],
-        columns: usize,
+        &self, isa: Isa, pool: &ThreadPool, out: &mut [O], columns: usize,
         finish: impl Fn(usize, Range<usize>, [&mut [f32]; N], &mut [O]) + Sync,
     ) {
         self.finish_tiles(isa, pool, out, columns, self.tile_columns(), |tile, sums| {
@@ -84,12 +80,7 @@ impl<T: Element, const N: usize> Product<'_, T, N> {
 
     /// Calls `finish` for each tile of `out`, `[rows, columns]`, `width` columns wide.
     pub(crate) fn finish_tiles<O: Send>(
-        &self,
-        isa: Isa,
-        pool: &ThreadPool,
-        out: &mut [O],
-        columns: usize,
-        width: usize,
+        &self, isa: Isa, pool: &ThreadPool, out: &mut [O], columns: usize, width: usize,
         finish: impl Fn(&mut Tile<'_, O>, &mut Sums<'_, N>) + Sync,
     ) {
         let stride = width.next_multiple_of(PANEL);
@@ -143,13 +134,7 @@ impl<T: Element, const N: usize> Product<'_, T, N> {
     }
 
     fn dot_rows(
-        &self,
-        isa: Isa,
-        rows: &FewRows,
-        weight: &CpuWeight,
-        columns: Range<usize>,
-        sums: &mut [f32],
-        stride: usize,
+        &self, isa: Isa, rows: &FewRows, weight: &CpuWeight, columns: Range<usize>, sums: &mut [f32], stride: usize,
     ) {
         let w = weight.rows(columns, self.depth);
         if self.multiplies_bf16(isa, weight) {
@@ -161,14 +146,8 @@ impl<T: Element, const N: usize> Product<'_, T, N> {
 
     #[expect(clippy::too_many_arguments, reason = "the place of a tile in all three matrices")]
     fn packed(
-        &self,
-        isa: Isa,
-        scratch: &mut Scratch,
-        weight: &CpuWeight,
-        rows: Range<usize>,
-        columns: Range<usize>,
-        sums: &mut [f32],
-        stride: usize,
+        &self, isa: Isa, scratch: &mut Scratch, weight: &CpuWeight, rows: Range<usize>, columns: Range<usize>,
+        sums: &mut [f32], stride: usize,
     ) {
         let pairs = self.multiplies_bf16(isa, weight);
         let w = weight.rows(columns.clone(), self.depth);
@@ -214,11 +193,7 @@ impl<T: Element, const N: usize> Product<'_, T, N> {
 
     /// Columns `first..first + depth` of `rows`, and how far apart rows are: where they lie, or copied to `made`.
     fn bf16_rows<'s>(
-        &'s self,
-        made: &'s mut Vec<u16>,
-        rows: Range<usize>,
-        first: usize,
-        depth: usize,
+        &'s self, made: &'s mut Vec<u16>, rows: Range<usize>, first: usize, depth: usize,
     ) -> (&'s [u16], usize) {
         match self.input {
             Input::Rows(x) => (&cast_slice(x)[rows.start * self.depth + first..rows.end * self.depth], self.depth),
@@ -233,11 +208,7 @@ impl<T: Element, const N: usize> Product<'_, T, N> {
 
     /// As [`Self::bf16_rows`], widened.
     fn f32_rows<'s>(
-        &'s self,
-        made: &'s mut Vec<f32>,
-        rows: Range<usize>,
-        first: usize,
-        depth: usize,
+        &'s self, made: &'s mut Vec<f32>, rows: Range<usize>, first: usize, depth: usize,
     ) -> (&'s [f32], usize) {
         match self.input {
             Input::Rows(x) if T::DTYPE == DType::F32 => {

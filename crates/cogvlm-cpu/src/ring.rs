@@ -71,10 +71,7 @@ impl CpuRing {
 
     /// Hands slot `index` to `copier`.
     pub(crate) fn stage(
-        &mut self,
-        copier: &Copier,
-        index: usize,
-        sources: Vec<StagedSource<CpuWeight>>,
+        &mut self, copier: &Copier, index: usize, sources: Vec<StagedSource<CpuWeight>>,
     ) -> Result<(), BackendError> {
         let slot_bytes = self.slot_bytes;
         let tensors = place(&sources, slot_bytes)?;

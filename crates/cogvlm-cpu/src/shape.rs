@@ -8,11 +8,7 @@ use crate::weight::CpuWeight;
 
 /// Refuses `argument` of shape `found` unless it `fits`.
 pub(crate) fn expect(
-    op: &'static str,
-    argument: &'static str,
-    found: &[usize],
-    fits: bool,
-    expected: impl FnOnce() -> String,
+    op: &'static str, argument: &'static str, found: &[usize], fits: bool, expected: impl FnOnce() -> String,
 ) -> Result<(), BackendError> {
     if fits {
         return Ok(());
@@ -22,11 +18,7 @@ pub(crate) fn expect(
 
 /// Refuses a buffer that has fewer than `rows` rows or other than `columns` columns.
 pub(crate) fn expect_buffer(
-    op: &'static str,
-    argument: &'static str,
-    buffer: &CpuBuffer,
-    rows: usize,
-    columns: usize,
+    op: &'static str, argument: &'static str, buffer: &CpuBuffer, rows: usize, columns: usize,
 ) -> Result<(), BackendError> {
     let fits = buffer.rows() >= rows && buffer.columns() == columns;
     expect(op, argument, &buffer.shape(), fits, || format!("[at least {rows}, {columns}]"))
@@ -34,10 +26,7 @@ pub(crate) fn expect_buffer(
 
 /// Refuses a weight of another shape than `shape`.
 pub(crate) fn expect_weight(
-    op: &'static str,
-    argument: &'static str,
-    weight: &CpuWeight,
-    shape: &[usize],
+    op: &'static str, argument: &'static str, weight: &CpuWeight, shape: &[usize],
 ) -> Result<(), BackendError> {
     expect(op, argument, weight.shape(), weight.shape() == shape, || format!("{shape:?}"))
 }

@@ -81,11 +81,7 @@ pub(crate) fn row_blocks(rows: Range<usize>, longest: usize, multiple: usize) ->
 /// # Panics
 /// If runs of rows are not ascending and disjoint, or `width` is 0.
 pub(crate) fn for_each<T: Send>(
-    pool: &ThreadPool,
-    matrix: &mut [T],
-    columns: usize,
-    row_blocks: &[Range<usize>],
-    width: usize,
+    pool: &ThreadPool, matrix: &mut [T], columns: usize, row_blocks: &[Range<usize>], width: usize,
     work: impl Fn(Tile<'_, T>) + Sync,
 ) {
     assert!(row_blocks.windows(2).all(|pair| pair[0].end <= pair[1].start), "runs of rows overlap");

@@ -20,12 +20,7 @@ const MAX_SINGLE_ROWS: usize = 4;
 const BLOCKS: usize = 16;
 
 pub(crate) fn attention<T: Element>(
-    cpu: &CpuBackend,
-    query: &CpuBuffer,
-    kv: &CpuBuffer,
-    heads: HeadGeometry,
-    tables: &CpuTables,
-    out: &mut CpuBuffer,
+    cpu: &CpuBackend, query: &CpuBuffer, kv: &CpuBuffer, heads: HeadGeometry, tables: &CpuTables, out: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
     const OP: &str = "attention";
     let HeadGeometry { num_heads, num_kv_heads, head_dim } = heads;
@@ -92,11 +87,7 @@ pub(crate) fn attention<T: Element>(
 
 /// Attention of one query over the first `visible` tokens of the pages that `page` gives (keys 0, values 1).
 fn attend_one<'a, 's, T: Element>(
-    isa: Isa,
-    scratch: &'s mut Scratch,
-    query: &[T],
-    visible: usize,
-    page: impl Fn(usize, usize) -> &'a [T],
+    isa: Isa, scratch: &'s mut Scratch, query: &[T], visible: usize, page: impl Fn(usize, usize) -> &'a [T],
 ) -> &'s [f32] {
     const KEYS: usize = BLOCKS * BLOCK_LEN;
     let head_dim = query.len();
@@ -125,15 +116,36 @@ fn attend_one<'a, 's, T: Element>(
         }
         vectorised!(isa, {
             accumulate_softmax(&mut scores[..count], count, scale, &mut softmax, sums);
-            for (index, &share) in scores[..count].iter().enumerate() {
-                let token = first + index;
-                let value = &page(token / BLOCK_LEN, 1)[token % BLOCK_LEN * head_dim..][..head_dim];
-                for (sum, value) in sums.iter_mut().zip(value) {
-                    *sum += share * value.get();
-                }
+            for (index, shares) in scores[..count].chunks(BLOCK_LEN).enumerate() {
+                add_values(shares, page(first / BLOCK_LEN + index, 1), sums);
             }
         });
     }
     sums.iter_mut().for_each(|sum| *sum /= softmax[1]);
     sums
+}
+
+/// Adds `shares` of the rows of `values` to `sums`.
+#[inline(always)]
+fn add_values<T: Element>(shares: &[f32], values: &[T], sums: &mut [f32]) {
+    // Sums stay in registers while the rows pass.
+    const LANES: usize = 32;
+    let head_dim = sums.len();
+    let rows = || shares.iter().zip(values.chunks_exact(head_dim));
+    let (chunks, rest) = sums.as_chunks_mut::<LANES>();
+    for (index, chunk) in chunks.iter_mut().enumerate() {
+        let mut lanes = *chunk;
+        for (share, value) in rows() {
+            let value = &value[index * LANES..][..LANES];
+            for lane in 0..LANES {
+                lanes[lane] += share * value[lane].get();
+            }
+        }
+        *chunk = lanes;
+    }
+    for (share, value) in rows() {
+        for (sum, value) in rest.iter_mut().zip(&value[head_dim / LANES * LANES..]) {
+            *sum += share * value.get();
+        }
+    }
 }

@@ -9,10 +9,7 @@ use crate::shape::expect;
 use crate::weight::CpuWeight;
 
 pub(crate) fn copy_weight_rows<T: Element>(
-    _: &CpuBackend,
-    weight: &CpuWeight,
-    destination: &mut CpuBuffer,
-    first_row: usize,
+    _: &CpuBackend, weight: &CpuWeight, destination: &mut CpuBuffer, first_row: usize,
 ) -> Result<(), BackendError> {
     const OP: &str = "copy_weight_rows";
     let (rows, width) = (destination.rows(), destination.columns());

@@ -9,10 +9,7 @@ use crate::shape::{expect, expect_buffer, unsupported};
 use crate::weight::CpuWeight;
 
 pub(crate) fn embed<T: Element>(
-    _: &CpuBackend,
-    table: &CpuWeight,
-    ids: &[u32],
-    hidden: &mut CpuBuffer,
+    _: &CpuBackend, table: &CpuWeight, ids: &[u32], hidden: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
     const OP: &str = "embed";
     let width = hidden.columns();

@@ -13,12 +13,8 @@ use crate::simd::{math, vectorised};
 use crate::weight::CpuWeight;
 
 pub(crate) fn gate_up<T: Element>(
-    cpu: &CpuBackend,
-    x: &CpuBuffer,
-    gate: ExpertWeights<'_, CpuWeight>,
-    up: ExpertWeights<'_, CpuWeight>,
-    ranges: &[ExpertRange],
-    out: &mut CpuBuffer,
+    cpu: &CpuBackend, x: &CpuBuffer, gate: ExpertWeights<'_, CpuWeight>, up: ExpertWeights<'_, CpuWeight>,
+    ranges: &[ExpertRange], out: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
     const OP: &str = "gate_up";
     let (depth, width) = (x.columns(), out.columns());

@@ -10,12 +10,7 @@ use crate::shape::{expect, expect_buffer, expect_heads};
 use crate::{scratch, tiles};
 
 pub(crate) fn image_attention<T: Element>(
-    cpu: &CpuBackend,
-    qkv: &CpuBuffer,
-    num_images: usize,
-    num_tokens: usize,
-    heads: HeadGeometry,
-    out: &mut CpuBuffer,
+    cpu: &CpuBackend, qkv: &CpuBuffer, num_images: usize, num_tokens: usize, heads: HeadGeometry, out: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
     const OP: &str = "image_attention";
     let HeadGeometry { num_heads, num_kv_heads, head_dim } = heads;

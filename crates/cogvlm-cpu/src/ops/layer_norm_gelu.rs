@@ -15,12 +15,7 @@ use crate::weight::CpuWeight;
 const ROWS: usize = 16;
 
 pub(crate) fn layer_norm_gelu<T: Element>(
-    cpu: &CpuBackend,
-    x: &mut CpuBuffer,
-    weight: &CpuWeight,
-    bias: &CpuWeight,
-    eps: f32,
-    rows: usize,
+    cpu: &CpuBackend, x: &mut CpuBuffer, weight: &CpuWeight, bias: &CpuWeight, eps: f32, rows: usize,
 ) -> Result<(), BackendError> {
     const OP: &str = "layer_norm_gelu";
     let width = x.columns();

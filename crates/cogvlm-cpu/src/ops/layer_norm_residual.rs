@@ -15,12 +15,7 @@ use crate::weight::CpuWeight;
 const ROWS: usize = 16;
 
 pub(crate) fn layer_norm_residual<T: Element>(
-    cpu: &CpuBackend,
-    branch: &CpuBuffer,
-    weight: &CpuWeight,
-    bias: &CpuWeight,
-    eps: f32,
-    rows: usize,
+    cpu: &CpuBackend, branch: &CpuBuffer, weight: &CpuWeight, bias: &CpuWeight, eps: f32, rows: usize,
     residual: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
     const OP: &str = "layer_norm_residual";

@@ -11,12 +11,7 @@ use crate::simd::{math, vectorised};
 use crate::weight::CpuWeight;
 
 pub(crate) fn linear<T: Element>(
-    cpu: &CpuBackend,
-    x: &CpuBuffer,
-    weight: &CpuWeight,
-    bias: Option<&CpuWeight>,
-    activation: Activation,
-    rows: usize,
+    cpu: &CpuBackend, x: &CpuBuffer, weight: &CpuWeight, bias: Option<&CpuWeight>, activation: Activation, rows: usize,
     out: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
     const OP: &str = "linear";

@@ -13,10 +13,7 @@ use crate::simd::vectorised;
 use crate::weight::CpuWeight;
 
 pub(crate) fn linear_residual<T: Element>(
-    cpu: &CpuBackend,
-    x: &CpuBuffer,
-    weights: ExpertWeights<'_, CpuWeight>,
-    ranges: &[ExpertRange],
+    cpu: &CpuBackend, x: &CpuBuffer, weights: ExpertWeights<'_, CpuWeight>, ranges: &[ExpertRange],
     residual: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
     const OP: &str = "linear_residual";

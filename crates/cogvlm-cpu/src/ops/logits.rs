@@ -10,11 +10,7 @@ use crate::shape::{expect_buffer, expect_weight};
 use crate::weight::CpuWeight;
 
 pub(crate) fn logits<T: Element>(
-    cpu: &CpuBackend,
-    x: &CpuBuffer,
-    weight: &CpuWeight,
-    rows: usize,
-    logits: &mut CpuBuffer,
+    cpu: &CpuBackend, x: &CpuBuffer, weight: &CpuWeight, rows: usize, logits: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
     const OP: &str = "logits";
     let (depth, vocab_size) = (x.columns(), logits.columns());

@@ -26,9 +26,7 @@ use crate::weight::CpuWeight;
 
 /// The weight of the expert of `range`.
 fn expert_weight<'a>(
-    op: &'static str,
-    weights: ExpertWeights<'a, CpuWeight>,
-    range: &ExpertRange,
+    op: &'static str, weights: ExpertWeights<'a, CpuWeight>, range: &ExpertRange,
 ) -> Result<&'a CpuWeight, BackendError> {
     let weight = match range.expert {
         Expert::Language => weights.language,

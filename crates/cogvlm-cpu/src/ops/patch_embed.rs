@@ -10,10 +10,7 @@ use crate::shape::{expect, expect_buffer, expect_weight};
 use crate::weight::CpuWeight;
 
 pub(crate) fn patch_embed<T: Element>(
-    cpu: &CpuBackend,
-    pixels: &CpuBuffer,
-    weights: PatchWeights<'_, CpuWeight>,
-    geometry: PatchGeometry,
+    cpu: &CpuBackend, pixels: &CpuBuffer, weights: PatchWeights<'_, CpuWeight>, geometry: PatchGeometry,
     out: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
     const OP: &str = "patch_embed";

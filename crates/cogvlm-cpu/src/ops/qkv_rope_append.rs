@@ -18,15 +18,8 @@ use crate::weight::CpuWeight;
 
 #[expect(clippy::too_many_arguments, reason = "one fused operation, as the trait has it")]
 pub(crate) fn qkv_rope_append<T: Element>(
-    cpu: &CpuBackend,
-    x: &CpuBuffer,
-    weights: ExpertWeights<'_, CpuWeight>,
-    ranges: &[ExpertRange],
-    heads: HeadGeometry,
-    rope: &CpuBuffer,
-    mode: RopeMode,
-    tables: &CpuTables,
-    query: &mut CpuBuffer,
+    cpu: &CpuBackend, x: &CpuBuffer, weights: ExpertWeights<'_, CpuWeight>, ranges: &[ExpertRange],
+    heads: HeadGeometry, rope: &CpuBuffer, mode: RopeMode, tables: &CpuTables, query: &mut CpuBuffer,
     kv: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
     const OP: &str = "qkv_rope_append";

@@ -14,12 +14,7 @@ use crate::weight::CpuWeight;
 const ROWS: usize = 16;
 
 pub(crate) fn rms_norm<T: Element>(
-    cpu: &CpuBackend,
-    x: &CpuBuffer,
-    weight: &CpuWeight,
-    eps: f32,
-    rows: usize,
-    out: &mut CpuBuffer,
+    cpu: &CpuBackend, x: &CpuBuffer, weight: &CpuWeight, eps: f32, rows: usize, out: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
     norm_rows::<T>("rms_norm", cpu, x, weight, eps, rows, |row| row, out)
 }
@@ -27,14 +22,8 @@ pub(crate) fn rms_norm<T: Element>(
 /// `out[i] = norm(x[source(i)])` for the first `rows` rows of `out`; sources lie within `x`.
 #[expect(clippy::too_many_arguments, reason = "the operation's own arguments, and which rows")]
 pub(super) fn norm_rows<T: Element>(
-    op: &'static str,
-    cpu: &CpuBackend,
-    x: &CpuBuffer,
-    weight: &CpuWeight,
-    eps: f32,
-    rows: usize,
-    source: impl Fn(usize) -> usize + Sync,
-    out: &mut CpuBuffer,
+    op: &'static str, cpu: &CpuBackend, x: &CpuBuffer, weight: &CpuWeight, eps: f32, rows: usize,
+    source: impl Fn(usize) -> usize + Sync, out: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
     let width = x.columns();
     expect_buffer(op, "x", x, rows, width)?;

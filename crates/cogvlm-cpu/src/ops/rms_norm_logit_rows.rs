@@ -11,12 +11,7 @@ use crate::tables::CpuTables;
 use crate::weight::CpuWeight;
 
 pub(crate) fn rms_norm_logit_rows<T: Element>(
-    cpu: &CpuBackend,
-    x: &CpuBuffer,
-    weight: &CpuWeight,
-    eps: f32,
-    tables: &CpuTables,
-    out: &mut CpuBuffer,
+    cpu: &CpuBackend, x: &CpuBuffer, weight: &CpuWeight, eps: f32, tables: &CpuTables, out: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
     const OP: &str = "rms_norm_logit_rows";
     let batch = tables.batch();

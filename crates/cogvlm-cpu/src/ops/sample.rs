@@ -7,9 +7,7 @@ use crate::buffer::CpuBuffer;
 use crate::shape::{expect, expect_buffer};
 
 pub(crate) fn sample(
-    _: &CpuBackend,
-    logits: &CpuBuffer,
-    requests: &[SampleRequest<'_>],
+    _: &CpuBackend, logits: &CpuBuffer, requests: &[SampleRequest<'_>],
 ) -> Result<Vec<u32>, BackendError> {
     const OP: &str = "sample";
     let vocab_size = logits.columns();

@@ -40,13 +40,7 @@ pub(super) fn tile_f32(a: &[f32], lda: usize, m: usize, b: &[f32], c: &mut [f32]
 /// [`PANEL`], `ldc` apart.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn block<const M: usize>(
-    a: *const f32,
-    lda: usize,
-    b: *const f32,
-    depth: usize,
-    c: *mut f32,
-    ldc: usize,
-    update: Update,
+    a: *const f32, lda: usize, b: *const f32, depth: usize, c: *mut f32, ldc: usize, update: Update,
 ) {
     let mut sums = [[_mm256_setzero_ps(); 2]; M];
     for k in 0..depth {

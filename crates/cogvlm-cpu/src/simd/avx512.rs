@@ -56,13 +56,7 @@ pub(super) fn tile_f32(a: &[f32], lda: usize, m: usize, b: &[f32], c: &mut [f32]
 /// `a` has `M` rows of `depth`, `lda` apart, `b` `depth` lines of [`PANEL`], `c` `M` rows of [`PANEL`], `ldc` apart.
 #[target_feature(enable = "avx512f")]
 unsafe fn block_f32<const M: usize>(
-    a: *const f32,
-    lda: usize,
-    b: *const f32,
-    depth: usize,
-    c: *mut f32,
-    ldc: usize,
-    update: Update,
+    a: *const f32, lda: usize, b: *const f32, depth: usize, c: *mut f32, ldc: usize, update: Update,
 ) {
     let mut sums = [[_mm512_setzero_ps(); 2]; M];
     for k in 0..depth {
@@ -101,13 +95,7 @@ pub(super) fn tile_pairs(a: &[u16], lda: usize, m: usize, b: &[u32], c: &mut [f3
 /// `ldc` apart.
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn block_pairs<const M: usize>(
-    a: *const u16,
-    lda: usize,
-    b: *const u32,
-    num_pairs: usize,
-    c: *mut f32,
-    ldc: usize,
-    update: Update,
+    a: *const u16, lda: usize, b: *const u32, num_pairs: usize, c: *mut f32, ldc: usize, update: Update,
 ) {
     let mut sums = [[_mm512_setzero_ps(); 2]; M];
     for k in 0..num_pairs {
@@ -297,13 +285,7 @@ impl Sides for Pairs {
 /// features that [`Sides`] asks for.
 #[inline(always)]
 unsafe fn dots<S: Sides>(
-    x: *const u8,
-    num_x: usize,
-    depth: usize,
-    w: *const u8,
-    num_w: usize,
-    c: *mut f32,
-    ldc: usize,
+    x: *const u8, num_x: usize, depth: usize, w: *const u8, num_w: usize, c: *mut f32, ldc: usize,
 ) {
     for first in (0..num_x).step_by(8) {
         // SAFETY: rows from `first` on, by the contract.
@@ -329,12 +311,7 @@ unsafe fn dots<S: Sides>(
 /// As [`dots`], with `M` rows of x and c.
 #[inline(always)]
 unsafe fn dot_rows<S: Sides, const M: usize, const R: usize>(
-    x: *const u8,
-    depth: usize,
-    w: *const u8,
-    num_w: usize,
-    c: *mut f32,
-    ldc: usize,
+    x: *const u8, depth: usize, w: *const u8, num_w: usize, c: *mut f32, ldc: usize,
 ) {
     let whole = num_w / R * R;
     // SAFETY: `R` rows from each multiple of it below `whole` on, then one at a time, by the contract.
@@ -354,11 +331,7 @@ unsafe fn dot_rows<S: Sides, const M: usize, const R: usize>(
 /// As [`dots`].
 #[inline(always)]
 unsafe fn dot_block<S: Sides, const M: usize, const R: usize>(
-    x: *const u8,
-    depth: usize,
-    w: *const u8,
-    c: *mut f32,
-    ldc: usize,
+    x: *const u8, depth: usize, w: *const u8, c: *mut f32, ldc: usize,
 ) {
     // SAFETY: by the contract: elements from k on, as many as the mask selects, of each row; and the features.
     unsafe {
@@ -384,12 +357,7 @@ unsafe fn dot_block<S: Sides, const M: usize, const R: usize>(
 /// As [`dots`].
 #[inline(always)]
 unsafe fn dot_step<S: Sides, const M: usize, const R: usize>(
-    x: *const u8,
-    w: *const u8,
-    depth: usize,
-    k: usize,
-    mask: u32,
-    sums: &mut [[__m512; M]; R],
+    x: *const u8, w: *const u8, depth: usize, k: usize, mask: u32, sums: &mut [[__m512; M]; R],
 ) {
     // SAFETY: elements from k on, as many as the mask selects, of each row, by the contract; and the features.
     unsafe {

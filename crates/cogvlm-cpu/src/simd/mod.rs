@@ -54,14 +54,7 @@ pub(crate) enum Update {
 /// `ldc` apart. Every sum is in ascending depth.
 #[expect(clippy::too_many_arguments, reason = "three matrices and where their rows are")]
 pub(crate) fn tile_f32(
-    isa: Isa,
-    a: &[f32],
-    lda: usize,
-    m: usize,
-    b: &[f32],
-    c: &mut [f32],
-    ldc: usize,
-    update: Update,
+    isa: Isa, a: &[f32], lda: usize, m: usize, b: &[f32], c: &mut [f32], ldc: usize, update: Update,
 ) {
     match isa.0 {
         // SAFETY: as in `pack_f32`.
@@ -86,14 +79,7 @@ pub(crate) fn has_bf16_dot(isa: Isa) -> bool {
 /// As [`tile_f32`], of pairs of bf16: `a` `[m, depth]` in bits of bf16, `b` `[depth / 2][PANEL]`.
 #[expect(clippy::too_many_arguments, reason = "as there")]
 pub(crate) fn tile_pairs(
-    isa: Isa,
-    a: &[u16],
-    lda: usize,
-    m: usize,
-    b: &[u32],
-    c: &mut [f32],
-    ldc: usize,
-    update: Update,
+    isa: Isa, a: &[u16], lda: usize, m: usize, b: &[u32], c: &mut [f32], ldc: usize, update: Update,
 ) {
     match isa.0 {
         // SAFETY: as in `pack_f32`.

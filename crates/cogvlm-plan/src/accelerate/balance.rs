@@ -11,11 +11,7 @@ use super::tree::{ModuleTree, NodeId, NodeKind, ROOT};
 /// Upstream's `get_balanced_memory`: caps every card but the last at an even share and some room for rounding. With
 /// `low_zero` card 0 gets only what the others leave over.
 pub(crate) fn balance(
-    tree: &ModuleTree,
-    sizes: &Sizes,
-    mut max_memory: MaxMemory,
-    no_split: &[String],
-    low_zero: bool,
+    tree: &ModuleTree, sizes: &Sizes, mut max_memory: MaxMemory, no_split: &[String], low_zero: bool,
 ) -> Result<MaxMemory, AccelerateError> {
     let unknown_to_torch = |device| matches!(device, DeviceKey::Disk | DeviceKey::Gpu(..=-1));
     if let Some(&(key, _)) = max_memory.budgets().iter().find(|(device, _)| unknown_to_torch(*device)) {

@@ -165,10 +165,7 @@ fn bytes_by_device(sizes: &Sizes, map: &[(NodeId, DeviceKey)]) -> Vec<(DeviceKey
 
 /// Buffers of offloaded modules stay on the executing card; upstream warns where no single card has room for them.
 fn buffer_warning(
-    tree: &ModuleTree,
-    arguments: &Arguments,
-    max_memory: &MaxMemory,
-    filled: &Filled,
+    tree: &ModuleTree, arguments: &Arguments, max_memory: &MaxMemory, filled: &Filled,
 ) -> Result<Option<String>, AccelerateError> {
     if arguments.offload_buffers.unwrap_or(false) {
         return Ok(None);

@@ -53,10 +53,7 @@ impl Sizes {
     /// Sums every tensor into all modules above it, and finds the largest layers: a layer is a module without
     /// children or of a class in `no_split`, or a bare tensor of the root.
     pub(crate) fn new(
-        tree: &ModuleTree,
-        version: Version,
-        widths: &Widths,
-        no_split: &[String],
+        tree: &ModuleTree, version: Version, widths: &Widths, no_split: &[String],
     ) -> Result<Self, AccelerateError> {
         let no_split: HashSet<&str> = no_split.iter().map(String::as_str).collect();
         let num_nodes = tree.num_nodes();
@@ -106,10 +103,7 @@ impl Sizes {
 /// Size of all buffers below `module`, which stay on the executing card when the module is offloaded. Upstream looks
 /// special types up by the name within the module, not the full one.
 pub(crate) fn buffer_size(
-    tree: &ModuleTree,
-    module: NodeId,
-    version: Version,
-    widths: &Widths,
+    tree: &ModuleTree, module: NodeId, version: Version, widths: &Widths,
 ) -> Result<Size, AccelerateError> {
     let prefix_len = if tree.name(module).is_empty() { 0 } else { tree.name(module).len() + 1 };
     tree.subtree(module)

@@ -11,10 +11,13 @@ use crate::scratch::{Scratch, grown};
 use crate::simd::{self, Isa, PANEL, Update, math, vectorised};
 
 /// Queries of a block.
-pub(crate) const QUERY_ROWS: usize = 240;
+pub(crate) const QUERY_ROWS: usize = 420;
+
+/// Rows that inner loops take at once, or a multiple of them.
+const ROWS: usize = 12;
 
 /// Keys of a block.
-const KEY_ROWS: usize = 256;
+const KEY_ROWS: usize = 128;
 
 /// Queries of one head, and the keys and values that they see.
 pub(crate) struct Attend<'a, T, K, V> {
@@ -58,30 +61,26 @@ impl<'a, T: Element, K: Fn(usize) -> &'a [T], V: Fn(usize) -> &'a [T]> Attend<'a
                 let count = PANEL.min(keys.end - first);
                 let rows: [&[u8]; PANEL] =
                     std::array::from_fn(|index| cast_slice((self.key)(first + index.min(count - 1))));
-                let scores = &mut scores[first - first_key..];
+                // Queries before this one see none of these keys; their scores stay what they were, and are not read.
+                let query = self.first_query(first);
+                let scores = &mut scores[query * KEY_ROWS + first - first_key..];
                 if use_pairs {
                     let pairs = grown(pairs, head_dim / 2 * PANEL);
                     simd::pack_pairs(isa, &rows[..count], pairs);
-                    let queries = cast_slice(self.queries);
-                    simd::tile_pairs(
-                        isa,
-                        queries,
-                        self.query_stride,
-                        num_queries,
-                        pairs,
-                        scores,
-                        KEY_ROWS,
-                        Update::Set,
-                    );
+                    let (lda, rows) = (self.query_stride, num_queries - query);
+                    let queries = cast_slice(&self.queries[query * lda..]);
+                    simd::tile_pairs(isa, queries, lda, rows, pairs, scores, KEY_ROWS, Update::Set);
                 } else {
                     let panel = grown(panel, head_dim * PANEL);
                     simd::pack_f32(isa, T::DTYPE, &rows[..count], panel);
-                    simd::tile_f32(isa, queries, head_dim, num_queries, panel, scores, KEY_ROWS, Update::Set);
+                    let (queries, rows) = (&queries[query * head_dim..], num_queries - query);
+                    simd::tile_f32(isa, queries, head_dim, rows, panel, scores, KEY_ROWS, Update::Set);
                 }
             }
 
             let depth = keys.len().next_multiple_of(2);
-            for query in 0..num_queries {
+            let first_query = self.first_query(first_key);
+            for query in first_query..num_queries {
                 let scores = &mut scores[query * KEY_ROWS..][..depth];
                 let visible = self.visible(query).saturating_sub(first_key).min(keys.len());
                 let sums = &mut sums[query * stride..][..stride];
@@ -98,15 +97,18 @@ impl<'a, T: Element, K: Fn(usize) -> &'a [T], V: Fn(usize) -> &'a [T]> Attend<'a
 
             for column in (0..head_dim).step_by(PANEL) {
                 let columns = column..head_dim.min(column + PANEL);
-                let sums = &mut sums[column..];
+                let sums = &mut sums[first_query * stride + column..];
+                let rows = num_queries - first_query;
                 if use_pairs {
                     let pairs = grown(pairs, depth / 2 * PANEL);
                     vectorised!(isa, self.pack_value_pairs(keys.clone(), columns, pairs));
-                    simd::tile_pairs(isa, probabilities, KEY_ROWS, num_queries, pairs, sums, stride, Update::Add);
+                    let shares = &probabilities[first_query * KEY_ROWS..];
+                    simd::tile_pairs(isa, shares, KEY_ROWS, rows, pairs, sums, stride, Update::Add);
                 } else {
                     let panel = grown(panel, keys.len() * PANEL);
                     vectorised!(isa, self.pack_values(keys.clone(), columns, panel));
-                    simd::tile_f32(isa, scores, KEY_ROWS, num_queries, panel, sums, stride, Update::Add);
+                    let shares = &scores[first_query * KEY_ROWS..];
+                    simd::tile_f32(isa, shares, KEY_ROWS, rows, panel, sums, stride, Update::Add);
                 }
             }
         }
@@ -121,6 +123,11 @@ impl<'a, T: Element, K: Fn(usize) -> &'a [T], V: Fn(usize) -> &'a [T]> Attend<'a
 
     fn visible(&self, query: usize) -> usize {
         (self.first_visible + query).min(self.num_keys)
+    }
+
+    /// The first query that sees key `key`, or one shortly before it, at the start of a block of rows.
+    fn first_query(&self, key: usize) -> usize {
+        (key + 1).saturating_sub(self.first_visible) / ROWS * ROWS
     }
 
     fn scale(&self) -> f32 {

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 /// The most that one thread keeps for packed panels, tiles of sums and scores; it does not grow with the context. It is
-/// not part of a device's arena. (240 rows of 512 f32, two panels, 32 Ki sums, and 240 x 256 scores in f32 and bf16,
+/// not part of a device's arena. (240 rows of 512 f32, two panels, 32 Ki sums, and 420 x 128 scores in f32 and bf16,
 /// for heads of up to 512.)
 pub const SCRATCH_BYTES_PER_THREAD: usize = 2 << 20;
 

@@ -7,6 +7,9 @@
 //! work is divided over results only, and every result is summed in one order.
 #![deny(unsafe_code)]
 
+#[cfg(target_endian = "big")]
+compile_error!("weights are used as they lie in files, which are little-endian");
+
 mod attend;
 mod backend;
 mod buffer;

@@ -133,7 +133,9 @@ impl<B: Backend> Engine<B> {
         self.waiting.retain(|sequence| sequence.id != id);
         let index = self.running.iter().position(|sequence| sequence.id == id)?;
         let sequence = self.running.remove(index);
-        sequence.request.keep_cache.then(|| sequence.into_prefix())
+        // The token that was chosen last waits to be fed: nothing of it is cached.
+        let num_cached = sequence.num_cached;
+        sequence.request.keep_cache.then(|| sequence.into_prefix(num_cached))
     }
 
     /// Whether nothing is left to do.
@@ -201,7 +203,9 @@ impl<B: Backend> Engine<B> {
             }
             (reason, _) => {
                 let request = sequence.id;
-                let prefix = sequence.request.keep_cache.then(|| sequence.into_prefix());
+                // The token that was chosen last is not among them.
+                let num_cached = sequence.tokens.input_ids.len();
+                let prefix = sequence.request.keep_cache.then(|| sequence.into_prefix(num_cached));
                 events.push(Event::Finished { request, reason: reason.unwrap_or(FinishReason::Length), prefix });
             }
         }

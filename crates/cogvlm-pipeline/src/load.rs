@@ -46,6 +46,14 @@ pub enum LoadError {
         /// What happened.
         source: BackendError,
     },
+    /// A tensor that is to be used where it lies in its file has none.
+    #[error(
+        "`{tensor}` is to be used where it lies on disk, but synthetic weights are no file: give `cpu` room for them, or write them with `synth`"
+    )]
+    NoFile {
+        /// The tensor.
+        tensor: String,
+    },
     /// A rank could not be set up.
     #[error("setting up rank {device}: {source}")]
     Rank {
@@ -190,6 +198,9 @@ fn place_tensor<B: Backend>(
         && weight.mapped().is_none()
     {
         weight = Arc::new(MadeTensor::make(&*weight)?);
+    }
+    if *executes_on == Device::Cpu && *residency == Residency::File && weight.mapped().is_none() {
+        return Err(LoadError::NoFile { tensor: tensor.name.clone() });
     }
     let device = rests_on(placement);
     let backend = backends.get(&device).expect("plans list every device that holds a tensor");

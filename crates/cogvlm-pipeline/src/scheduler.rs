@@ -59,9 +59,11 @@ impl Sequence {
         self.tokens.position_ids.push(position);
     }
 
-    /// The cache of a finished sequence: all tokens but the last chosen one, which was never fed.
-    pub(crate) fn into_prefix(self) -> CachedPrefix {
-        let TokenLayout { input_ids, token_types, .. } = self.tokens;
+    /// The cache of a finished sequence, of whose tokens the first `num_cached` were computed.
+    pub(crate) fn into_prefix(self, num_cached: usize) -> CachedPrefix {
+        let TokenLayout { mut input_ids, mut token_types, .. } = self.tokens;
+        input_ids.truncate(num_cached);
+        token_types.truncate(num_cached);
         CachedPrefix { input_ids, token_types, image: self.request.image, blocks: self.blocks }
     }
 }

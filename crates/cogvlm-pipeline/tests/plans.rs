@@ -213,6 +213,33 @@ fn a_kept_cache_gives_the_answer_of_a_fresh_start() {
     assert_eq!(engine.block_pool().num_free(), engine.block_pool().num_blocks());
 }
 
+/// The token that was chosen last has been handed to the next step, which never came: it is not cached.
+#[test]
+fn the_cache_of_a_stopped_request_ends_where_computing_ended() {
+    let source = source();
+    let plan = plan_for(&source, &[(Device::Cpu, 256 * MIB)], Policy::Auto, StepLimits::new(256, 1), DType::F32);
+    let mut engine = engine(&source, &plan, DType::F32, 2);
+    let text = [5, 6, 7, 8];
+    let id = engine.submit(Request { keep_cache: true, ..request(&source, &text, None, 20) }).unwrap();
+    let mut said = Vec::new();
+    for _ in 0..3 {
+        let events = engine.step().unwrap().unwrap().events;
+        said.extend(events.iter().filter_map(|event| match event {
+            Event::Token { id, .. } => Some(*id),
+            Event::Finished { .. } => None,
+        }));
+    }
+    let prefix = engine.stop(id).expect("the cache was to be kept");
+    let longer: Vec<u32> = text.iter().chain(&said).copied().chain([40]).collect();
+    let fresh = answers(&mut engine, vec![request(&source, &longer, None, 3)]);
+    engine.submit(Request { prefix: Some(prefix), ..request(&source, &longer, None, 3) }).unwrap();
+    let report = engine.step().unwrap().unwrap();
+    assert_eq!(report.num_rows, 2, "the last token said, and one more");
+    let Some(Event::Token { logits: Some(logits), .. }) = report.events.into_iter().next() else { panic!("no token") };
+    let error = logits.iter().zip(&fresh[0][0].1).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(error < 1e-3, "{error}");
+}
+
 #[test]
 fn another_image_is_not_taken_for_the_cached_one() {
     let source = source();

@@ -8,7 +8,7 @@ use cogvlm_plan::plan::Policy;
 
 /// Plans, loads and runs CogVLM on what you have: several cards, small cards, host memory.
 #[derive(Debug, Parser)]
-#[command(name = "cogvlm-shard", version, about, arg_required_else_help = true, infer_long_args = false)]
+#[command(name = "cogvlm-shard", version, arg_required_else_help = true, infer_long_args = false)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -44,7 +44,7 @@ pub(crate) enum Command {
 /// Where the model goes.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct PlacementArgs {
-    /// Budget per device: `0:20GiB,1:20GiB,cpu:16GiB[,disk:any]`. Integers are bytes; `auto` asks the machine.
+    /// Budget per device: `0:20GiB,1:20GiB,cpu:16GiB[,disk]`. Integers are bytes; `auto` asks the machine.
     #[arg(long, value_name = "BUDGETS")]
     pub(crate) max_memory: Option<String>,
     /// How to place.
@@ -53,9 +53,9 @@ pub(crate) struct PlacementArgs {
     /// Tokens per sequence, image and answer included, that memory is planned for [default: the model's limit].
     #[arg(long, value_name = "N")]
     pub(crate) context: Option<usize>,
-    /// Sequences that memory is planned for.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) batch: usize,
+    /// Sequences that memory is planned for [default: 1].
+    #[arg(long, value_name = "N")]
+    pub(crate) batch: Option<usize>,
 }
 
 /// Placement policies.
@@ -92,21 +92,21 @@ pub(crate) struct PlanArgs {
     pub(crate) model: String,
     #[command(flatten)]
     pub(crate) placement: PlacementArgs,
-    /// Which accelerate to agree with: 0.24.1 or 1.15.0.
-    #[arg(long, value_name = "VERSION", default_value = "0.24.1")]
-    pub(crate) accelerate_version: String,
-    /// Module classes that accelerate must not split.
-    #[arg(
-        long,
-        value_name = "CLASS,CLASS",
-        value_delimiter = ',',
-        default_value = "CogVLMDecoderLayer,TransformerLayer"
-    )]
-    pub(crate) no_split: Vec<String>,
-    /// Element type that accelerate assumes for all weights: float32, float16, bfloat16, int8, ... [default: as stored]
+    /// What will execute: with `cpu`, numbered devices are virtual ranks, on which no CUDA context needs room.
+    #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
+    pub(crate) backend: BackendArg,
+    /// Arithmetic of the CPU backend, f32 or bf16. With `--policy accelerate`: the element type that it assumes for all
+    /// weights: float32, float16, bfloat16, int8, ... [default: bf16; as stored]
     #[arg(long, value_name = "TYPE")]
     pub(crate) dtype: Option<String>,
-    /// Let accelerate balance the budgets first, as `device_map="auto"` does.
+    /// With `--policy accelerate`: which release to agree with, 0.24.1 or 1.15.0 [default: 0.24.1].
+    #[arg(long, value_name = "VERSION")]
+    pub(crate) accelerate_version: Option<String>,
+    /// With `--policy accelerate`: module classes that it must not split [default:
+    /// CogVLMDecoderLayer,TransformerLayer].
+    #[arg(long, value_name = "CLASS,CLASS", value_delimiter = ',')]
+    pub(crate) no_split: Option<Vec<String>>,
+    /// With `--policy accelerate`: balance the budgets first, as `device_map="auto"` does.
     #[arg(long)]
     pub(crate) balanced_memory: bool,
     /// Plan a module tree from a JSON file instead of a CogVLM configuration.

@@ -11,7 +11,7 @@ mod progress;
 mod prompt;
 mod session;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -53,6 +53,7 @@ fn start_logging(level: &str) -> CliResult {
     let filter = EnvFilter::try_new(level).map_err(|error| {
         CliError::usage(format!("`--log {level}`: {error}")).hint("one of error, warn, info, debug, trace")
     })?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colour = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colour).init();
     Ok(())
 }

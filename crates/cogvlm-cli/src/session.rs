@@ -1,5 +1,6 @@
 //! From flags to an engine: model, plan, ranks.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use cogvlm_pipeline::{Engine, load_plan};
 use cogvlm_plan::accelerate::ModuleTree;
 use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates, VIRTUAL_RANK_RESERVE_BYTES};
 use cogvlm_plan::{PlanError, parse_max_memory, plan};
+use serde::Deserialize;
 
 use crate::args::{BackendArg, ModelArgs, PlacementArgs, RopeArg};
 use crate::commands::plan::accelerate_map;
@@ -174,7 +176,7 @@ pub(crate) fn request_for(
         activation_dtype,
         budgets,
         policy: placement.policy.into(),
-        limits: StepLimits::new(context_len, placement.batch),
+        limits: StepLimits::new(context_len, placement.batch.unwrap_or(1)),
         reserve_bytes,
         rates: Rates::default(),
     })
@@ -189,14 +191,58 @@ fn make_plan(args: &ModelArgs, request: &PlanRequest) -> CliResult<Plan> {
         let map = accelerate_map(&tree, &args.placement)?;
         return Plan::from_hugging_face(&map, request).map_err(plan_error);
     };
-    let failed = |error: &dyn std::fmt::Display| CliError::new(format!("`{}`: {error}", path.display()));
-    let text = std::fs::read_to_string(path).map_err(|error| failed(&error))?;
-    let json: serde_json::Value = serde_json::from_str(&text).map_err(|error| failed(&format!("not JSON: {error}")))?;
-    if json.get("schema").is_some() {
-        Plan::from_json(&text, &request.spec).map_err(|error| failed(&error))
-    } else {
-        Plan::from_hugging_face(&text, request).map_err(|error| failed(&error))
+    let unreadable = |error: &dyn std::fmt::Display| CliError::new(format!("`{}`: {error}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|error| unreadable(&error))?;
+    let json: serde_json::Value =
+        serde_json::from_str(&text).map_err(|error| unreadable(&format!("not JSON: {error}")))?;
+    let given = args.placement.max_memory.as_deref().is_some_and(|text| text != "auto");
+    let failed = |error: PlanError| {
+        let hint = error.hint();
+        let error = CliError::new(format!("`{}`: {error}", path.display()));
+        match hint {
+            Some(hint) => error.hint(hint),
+            None => error,
+        }
+    };
+    if json.get("stages").is_some() {
+        let plan = Plan::from_json(&text, &request.spec).map_err(failed)?;
+        // What was planned, but for what this run asks for otherwise.
+        let mut request = PlanRequest { model: plan.model.clone(), ..request.clone() };
+        if !given {
+            request.budgets = plan.budgets();
+        }
+        if args.placement.context.is_none() {
+            request.limits = StepLimits::new(plan.limits.context_len, request.limits.max_sequences);
+        }
+        if args.placement.batch.is_none() {
+            request.limits = StepLimits::new(request.limits.context_len, plan.limits.max_sequences);
+        }
+        return plan.for_request(&request).map_err(failed);
     }
+    // A plan of `--policy accelerate` is a device map, with budgets.
+    let (map, devices) =
+        if json.get("schema").is_some() { (&json["device_map"], json.get("devices")) } else { (&json, None) };
+    let mut request = request.clone();
+    if !given {
+        request.budgets = budgets_of_map(map, devices)?;
+    }
+    // Where it stands as it is: keys that stand twice have not been lost.
+    let text = if devices.is_some() { map.to_string() } else { text };
+    Plan::from_hugging_face(&text, &request).map_err(failed)
+}
+
+/// Budgets for the devices of a device map that came without: those in `devices` of a plan, else what this machine has.
+fn budgets_of_map(map: &serde_json::Value, devices: Option<&serde_json::Value>) -> CliResult<Vec<DeviceBudget>> {
+    let available = available_memory()?;
+    let named = map.as_object().into_iter().flat_map(serde_json::Map::values);
+    let named = named.filter_map(|device| Device::deserialize(device).ok());
+    // Something has to execute what rests on disk.
+    let named: BTreeSet<Device> = named.chain([Device::Cpu]).collect();
+    let budget = |device: Device| {
+        let planned = devices.and_then(|devices| devices[device.to_string()]["budget_bytes"].as_u64());
+        DeviceBudget { device, bytes: planned.unwrap_or(available) }
+    };
+    Ok(named.into_iter().map(budget).collect())
 }
 
 /// What the machine has now: its available memory. (There are no cards in a build without CUDA.)

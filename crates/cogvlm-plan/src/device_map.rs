@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer};
 use crate::account::Placement;
 use crate::error::PlanError;
 use crate::own::sizes::{Group, Sizes};
-use crate::plan::{DeviceBudget, Plan, PlanRequest, Policy, Residency};
+use crate::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Residency};
 
 impl Plan {
     /// Where every tensor rests, as a device map: modules whose tensors all rest in one place are one key, and `""`
@@ -54,6 +54,40 @@ impl Plan {
         placed
     }
 
+    /// Budgets of the devices that were planned with.
+    pub fn budgets(&self) -> Vec<DeviceBudget> {
+        let budget = |plan: &DevicePlan| DeviceBudget { device: plan.device, bytes: plan.budget_bytes.unwrap_or(0) };
+        self.devices.iter().map(budget).collect()
+    }
+
+    /// The same placement for another run: other budgets, another context or batch, other element types.
+    ///
+    /// # Errors
+    /// [`PlanError::Map`] with the device that `request` has no budget for; [`PlanError::OverBudget`]; the errors of a
+    /// request for limits and budgets.
+    pub fn for_request(&self, request: &PlanRequest) -> Result<Self, PlanError> {
+        request.check()?;
+        let sizes = Sizes::new(&request.spec, request.weight_dtype, request.activation_dtype, request.limits);
+        let mut request = request.clone();
+        for placement in &self.placements {
+            let rests = placement.residency.place(placement.executes_on);
+            for device in [placement.executes_on, rests] {
+                if request.budgets.iter().any(|budget| budget.device == device) {
+                    continue;
+                }
+                if device != Device::Disk {
+                    let problem = format!("is on `{device}`, which has no budget in `--max-memory`");
+                    return Err(wrong(&placement.tensor.name, &problem));
+                }
+                request.budgets.push(DeviceBudget { device, bytes: 0 });
+            }
+        }
+        let stages = self.stages.iter();
+        let executes_on = stages.flat_map(|stage| std::iter::repeat_n(stage.device, stage.units.len())).collect();
+        let residency = self.placements.iter().map(|placement| placement.residency).collect();
+        Placement { executes_on, residency }.into_plan(&sizes, &request, self.policy, self.notices.clone())
+    }
+
     /// Follows a device map that was written by hand or by accelerate. Keys are module paths or names of tensors; the
     /// longest key that leads a tensor's name decides.
     ///
@@ -67,8 +101,8 @@ impl Plan {
     /// [`PlanError::Map`] with the key that leads nowhere, stands twice, or names a device without a budget, and with
     /// the first tensor that no key covers; [`PlanError::OverBudget`].
     pub fn from_hugging_face(map_json: &str, request: &PlanRequest) -> Result<Self, PlanError> {
-        request.check()?;
         let map = read_map(map_json)?;
+        request.check()?;
         let sizes = Sizes::new(&request.spec, request.weight_dtype, request.activation_dtype, request.limits);
         check_keys(&map, request)?;
         let by_key: BTreeMap<&str, Device> = map.iter().map(|(key, device)| (key.as_str(), *device)).collect();

@@ -77,6 +77,9 @@ impl PlanError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::DoesNotFit { changes, .. } => Change::alternatives(changes),
+            Self::OverBudget { device, used_bytes, .. } => {
+                Some(Change::Raise(*device, used_bytes.next_multiple_of(MIB)).to_string())
+            }
             _ => None,
         }
     }

@@ -15,7 +15,7 @@ pub struct MaxMemoryError {
     pub problem: String,
 }
 
-/// Reads `0:20GiB,1:20GiB,cpu:16GiB,disk:1TB`: for each device a number of bytes or a memory string of
+/// Reads `0:20GiB,1:20GiB,cpu:16GiB,disk:1000GB`: for each device a number of bytes or a memory string of
 /// [`memory_bytes`]. A card is its ordinal, `0` or `cuda:0`; disk is not limited, so that any size stands for it,
 /// and none has to.
 ///

@@ -64,7 +64,7 @@ fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs) -> 
     let vision = &session.engine.spec().vision;
     let num_values = vision.num_channels * vision.image_size * vision.image_size;
     let image = Image { pixels: (0..num_values).map(|index| (index % 509) as f32 / 254.5 - 1.0).collect() };
-    for _ in 0..args.model.placement.batch {
+    for _ in 0..session.plan.limits.max_sequences {
         session.engine.submit(Request {
             layout: layout.clone(),
             image: (!args.text_only).then(|| image.clone()),
@@ -97,7 +97,7 @@ fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs) -> 
 fn report(
     args: &BenchArgs, session: &Session, spec: &ModelSpec, num_prompt: usize, runs: &[Run], read: f64, flops: f64,
 ) -> CliResult {
-    let batch = args.model.placement.batch;
+    let batch = session.plan.limits.max_sequences;
     let work = Work::of(spec, num_prompt, !args.text_only);
     let weight_bytes = session.source.total_bytes();
     let activation_bytes = DType::from(args.model.dtype).size_bytes();

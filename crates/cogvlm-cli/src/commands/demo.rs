@@ -31,7 +31,7 @@ pub(crate) fn run() -> CliResult {
             max_memory: Some(MAX_MEMORY.to_owned()),
             policy: PolicyArg::Auto,
             context: Some(1536),
-            batch: 1,
+            batch: None,
         },
         device_map: None,
         backend: BackendArg::Cpu,
@@ -39,7 +39,7 @@ pub(crate) fn run() -> CliResult {
         rope: RopeArg::Float32,
         threads: None,
     };
-    note(&format!("$ cogvlm-shard plan {MODEL} --max-memory {MAX_MEMORY} --context 1536"));
+    note(&format!("$ cogvlm-shard plan {MODEL} --backend cpu --max-memory {MAX_MEMORY} --context 1536"));
     let mut session = Session::open(&args, open_source(MODEL)?, true)?;
     let tokenizer = Tokenizer::from_sentencepiece(TOKENIZER, Path::new("tokenizer.model"))?;
     let spec = session.engine.spec().clone();

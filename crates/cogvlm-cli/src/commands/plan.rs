@@ -7,12 +7,13 @@ use cogvlm_core::memory::format_bytes;
 use cogvlm_plan::accelerate::{
     self, Arguments, Balanced, DeviceKey, ElementType, MaxMemory, ModuleTree, Version, Widths,
 };
-use cogvlm_plan::plan::{CUDA_RESERVE_BYTES, Plan, PlanRequest, Policy, Rates, Residency};
+use cogvlm_plan::plan::{CUDA_RESERVE_BYTES, Plan, PlanRequest, Policy, Rates, VIRTUAL_RANK_RESERVE_BYTES};
 use cogvlm_plan::requests::{RequestError, TreeCache, answer_line};
 use cogvlm_plan::{PLAN_SCHEMA, plan};
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 
-use crate::args::{PlacementArgs, PlanArgs, PolicyArg};
+use crate::args::{BackendArg, PlacementArgs, PlanArgs, PolicyArg};
 use crate::error::{CliError, CliResult};
 use crate::output::print_line;
 use crate::prompt::read_json;
@@ -30,7 +31,24 @@ pub(crate) fn run(args: &PlanArgs) -> CliResult {
     if args.placement.policy == PolicyArg::Accelerate {
         return accelerate_plan(args);
     }
-    let mut request = request_for(planned_model(&args.model)?, &args.placement, DType::Bf16, CUDA_RESERVE_BYTES)?;
+    let given = [
+        ("--accelerate-version", args.accelerate_version.is_some()),
+        ("--no-split", args.no_split.is_some()),
+        ("--balanced-memory", args.balanced_memory),
+    ];
+    if let Some((flag, _)) = given.iter().find(|(_, given)| *given) {
+        return Err(CliError::usage(format!("`{flag}` needs `--policy accelerate`: other policies do not read it")));
+    }
+    let activations = match args.dtype.as_deref() {
+        None | Some("bf16" | "bfloat16") => DType::Bf16,
+        Some("f32" | "float32") => DType::F32,
+        Some(other) => {
+            return Err(CliError::usage(format!("`--dtype {other}`: the CPU backend computes in f32 or bf16"))
+                .hint("other element types are for `--policy accelerate`"));
+        }
+    };
+    let reserve = if args.backend == BackendArg::Cpu { VIRTUAL_RANK_RESERVE_BYTES } else { CUDA_RESERVE_BYTES };
+    let mut request = request_for(planned_model(&args.model)?, &args.placement, activations, reserve)?;
     if let Some(path) = &args.links {
         request.rates = read_rates(path)?;
     }
@@ -44,10 +62,11 @@ pub(crate) fn run(args: &PlanArgs) -> CliResult {
 
 /// The policies beside each other: what an operator gives for what.
 fn comparison(request: &PlanRequest, chosen: &Plan) -> String {
-    let mut lines = vec![format!("\n{:<12} {:>12} {:>12} {:>16}", "policy", "ms per token", "ms per image", "off its device")];
+    let mut lines =
+        vec![format!("\n{:<12} {:>12} {:>12} {:>16}", "policy", "ms per token", "ms per image", "off its device")];
     for policy in [Policy::Latency, Policy::Throughput, Policy::Balanced] {
         let Ok(plan) = plan(&PlanRequest { policy, ..request.clone() }) else { continue };
-        let off_device = plan.placements.iter().filter(|placement| placement.residency != Residency::Device);
+        let off_device = plan.placements.iter().filter(|it| it.residency.place(it.executes_on) != it.executes_on);
         let off_device: u64 = off_device.map(|placement| placement.bytes).sum();
         lines.push(format!(
             "{:<12} {:>12.1} {:>12.0} {:>16} {}",
@@ -119,7 +138,10 @@ fn answer_requests() -> CliResult {
 /// A request under one of our own policies: the fields of a plan, as `plan --json` prints them.
 fn own_policy(policy: Policy, fields: &Map<String, Value>) -> Result<Value, RequestError> {
     #[derive(serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
     struct OwnRequest {
+        #[serde(rename = "policy")]
+        _policy: IgnoredAny,
         #[serde(default)]
         model: Option<String>,
         max_memory: Vec<(Value, Value)>,
@@ -138,7 +160,7 @@ fn own_policy(policy: Policy, fields: &Map<String, Value>) -> Result<Value, Requ
         max_memory: Some(budgets.join(",")),
         policy: PolicyArg::Auto,
         context: request.context,
-        batch: request.batch.unwrap_or(1),
+        batch: request.batch,
     };
     let model = planned_model(request.model.as_deref().unwrap_or("cogvlm-chat-17b")).map_err(refused)?;
     let mut plan_request = request_for(model, &placement, DType::Bf16, CUDA_RESERVE_BYTES).map_err(refused)?;
@@ -179,7 +201,10 @@ fn accelerate_plan(args: &PlanArgs) -> CliResult {
     }));
     notices.extend(answer.check_error.iter().map(|error| format!("check_device_map would refuse this map: {error}")));
     notices.extend(
-        answer.upstream_hazards.iter().map(|hazard| format!("the published code fails under this map: {hazard:?}")),
+        answer
+            .upstream_hazards
+            .iter()
+            .map(|hazard| format!("the published code fails under this map: {}", json!(hazard))),
     );
     if args.json {
         let devices: Map<String, Value> = answer
@@ -230,19 +255,26 @@ fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 9e15 { json!(value as i64) } else { json!(value) }
 }
 
+/// `_no_split_modules` of the published code.
+const PUBLISHED_NO_SPLIT: [&str; 2] = ["CogVLMDecoderLayer", "TransformerLayer"];
+
 fn accelerate_arguments(args: &PlanArgs) -> CliResult<Arguments> {
-    let version = Version::parse(&args.accelerate_version).ok_or_else(|| {
+    let version = args.accelerate_version.as_deref().map(|text| {
         let known = Version::ALL.map(Version::as_str).join(" and ");
-        CliError::usage(format!("`--accelerate-version {}`: {known} are reproduced", args.accelerate_version))
-    })?;
+        Version::parse(text)
+            .ok_or_else(|| CliError::usage(format!("`--accelerate-version {text}`: {known} are reproduced")))
+    });
     let dtype = args.dtype.as_deref().map(|name| {
         ElementType::parse(name)
             .ok_or_else(|| CliError::usage(format!("`--dtype {name}` is no element type of PyTorch")))
     });
     Ok(Arguments {
-        version,
+        version: version.transpose()?.unwrap_or_default(),
         max_memory: accelerate_budgets(&args.placement)?,
-        no_split: args.no_split.iter().filter(|class| !class.is_empty()).cloned().collect(),
+        no_split: match &args.no_split {
+            Some(classes) => classes.iter().filter(|class| !class.is_empty()).cloned().collect(),
+            None => PUBLISHED_NO_SPLIT.map(str::to_owned).into(),
+        },
         widths: Widths { dtype: dtype.transpose()?, ..Widths::default() },
         balanced: args.balanced_memory.then_some(Balanced { low_zero: false }),
         ..Arguments::default()
@@ -260,7 +292,7 @@ fn accelerate_budgets(placement: &PlacementArgs) -> CliResult<Vec<(DeviceKey, ac
 
 /// The map that accelerate 0.24.1 gives a model, as Hugging Face JSON: what `--policy accelerate` runs.
 pub(crate) fn accelerate_map(tree: &ModuleTree, placement: &PlacementArgs) -> CliResult<String> {
-    let no_split = ["CogVLMDecoderLayer", "TransformerLayer"].map(str::to_owned).into();
+    let no_split = PUBLISHED_NO_SPLIT.map(str::to_owned).into();
     let arguments = Arguments { max_memory: accelerate_budgets(placement)?, no_split, ..Arguments::default() };
     let answer = accelerate::infer(tree, &arguments)?;
     Ok(json!(answer)["device_map"].to_string())

@@ -95,6 +95,22 @@ pub(crate) fn ids(value: &Value) -> Vec<u64> {
     list.iter().map(|id| id.as_u64().expect("an id")).collect()
 }
 
+/// The tokenizer of the goldens.
+pub(crate) const TOKENIZER: &str = "tests/goldens/tokenizer.model";
+
+/// A JSON file of the repository.
+pub(crate) fn read_json(path: &str) -> Value {
+    let text = std::fs::read_to_string(repo(path)).unwrap_or_else(|error| panic!("{path}: {error}"));
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// Writes a JSON file for the program to read.
+pub(crate) fn write_json(dir: &Path, name: &str, value: &Value) -> PathBuf {
+    let path = dir.join(name);
+    std::fs::write(&path, value.to_string()).expect("a temporary directory can be written");
+    path
+}
+
 /// A file name as an argument.
 pub(crate) fn arg(path: &Path) -> &str {
     path.to_str().expect("names in tests are UTF-8")

@@ -20,10 +20,11 @@ pub(crate) fn run(args: &InspectArgs) -> CliResult {
             bar.set_position(progress.done_bytes);
         };
         let monitor = Monitor { on_progress: &on_progress, cancel: &CANCELLED };
-        let files = hash_files(&checkpoint, &monitor)?;
-        let tensors = hash_tensors(&ModelSource::Checkpoint(checkpoint.clone()), &monitor)?;
+        // A file is hashed from its beginning to its end; tensors fill the cores that files leave idle.
+        let source = ModelSource::Checkpoint(checkpoint.clone());
+        let (files, tensors) = rayon::join(|| hash_files(&checkpoint, &monitor), || hash_tensors(&source, &monitor));
         bar.finish_and_clear();
-        Some((files, tensors))
+        Some((files?, tensors?))
     } else {
         None
     };

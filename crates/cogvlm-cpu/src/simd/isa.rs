@@ -37,9 +37,15 @@ impl Isa {
         levels
     }
 
-    /// The best level of this machine.
+    /// The fastest level of this machine. That is the highest but for Intel's processors, where a product of bf16 pairs
+    /// is slower than two f32 products: 16 cores measured 696 GFLOP/s with it, 1217 without.
     pub fn best() -> Self {
-        Self::available().pop().unwrap_or(Self::PORTABLE)
+        let mut levels = Self::available();
+        #[cfg(target_arch = "x86_64")]
+        if is_intel() {
+            levels.retain(|level| level.0 != Level::Avx512Bf16);
+        }
+        levels.pop().unwrap_or(Self::PORTABLE)
     }
 
     /// Runs `work` compiled for this level: loops that are inlined into it use its vectors.
@@ -68,6 +74,13 @@ macro_rules! vectorised {
     };
 }
 pub(crate) use vectorised;
+
+/// Whether the processor calls itself `GenuineIntel`.
+#[cfg(target_arch = "x86_64")]
+fn is_intel() -> bool {
+    let vendor = std::arch::x86_64::__cpuid(0);
+    [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
+}
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]

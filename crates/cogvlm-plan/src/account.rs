@@ -71,11 +71,7 @@ impl Placement {
     }
 
     fn device(
-        &self,
-        sizes: &Sizes,
-        budget: &DeviceBudget,
-        weights: &BTreeMap<Device, u64>,
-        slots: &BTreeMap<Device, u64>,
+        &self, sizes: &Sizes, budget: &DeviceBudget, weights: &BTreeMap<Device, u64>, slots: &BTreeMap<Device, u64>,
         reserve_bytes: u64,
     ) -> DevicePlan {
         let device = budget.device;
@@ -240,11 +236,7 @@ impl Placement {
     /// # Errors
     /// As [`check`](Self::check).
     pub(crate) fn into_plan(
-        self,
-        sizes: &Sizes,
-        request: &crate::plan::PlanRequest,
-        policy: Policy,
-        notices: Vec<String>,
+        self, sizes: &Sizes, request: &crate::plan::PlanRequest, policy: Policy, notices: Vec<String>,
     ) -> Result<Plan, PlanError> {
         let devices = self.devices(sizes, &request.budgets, request.reserve_bytes);
         Self::check(&devices)?;

@@ -296,10 +296,7 @@ fn read_stages(stages: &[StageFile], sizes: &Sizes, known: impl Fn(Device) -> bo
 }
 
 fn read_residency(
-    off_device: &Map<String, Value>,
-    sizes: &Sizes,
-    executes_on: &[Device],
-    known: impl Fn(Device) -> bool,
+    off_device: &Map<String, Value>, sizes: &Sizes, executes_on: &[Device], known: impl Fn(Device) -> bool,
 ) -> Result<Vec<Residency>, PlanError> {
     let mut residency = vec![Residency::Device; sizes.inventory.len()];
     let mut num_found = 0;

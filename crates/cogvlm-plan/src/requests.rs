@@ -278,7 +278,9 @@ impl TreeCache {
         let config = match ModelConfig::built_in(name) {
             Some(config) => config,
             None => {
-                let text = read(&Path::new(model).join("config.json"))?;
+                let path = [model, name].map(Path::new).into_iter().find(|path| path.exists());
+                let path = path.unwrap_or(Path::new(model));
+                let text = read(&if path.is_file() { path.to_owned() } else { path.join("config.json") })?;
                 ModelConfig::from_json(&text).map_err(|error| refuse(error.to_string()))?
             }
         };

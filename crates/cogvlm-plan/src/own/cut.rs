@@ -86,11 +86,7 @@ impl TextCuts {
 impl Planner<'_> {
     /// Cuts the text units over `cards` (indices in ascending order), with the whole vision tower on card `vision_on`.
     pub(crate) fn cut_text(
-        &self,
-        cards: &[usize],
-        vision_on: usize,
-        rule: TextRule,
-        with_table: bool,
+        &self, cards: &[usize], vision_on: usize, rule: TextRule, with_table: bool,
     ) -> Option<TextCuts> {
         let (first, num_units) = (self.sizes.num_vision, self.sizes.num_text());
         let vision = 0..first;

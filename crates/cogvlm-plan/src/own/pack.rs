@@ -60,11 +60,7 @@ impl Sizes {
 
     /// As [`pack`](Self::pack); calls `keep` with every range of groups that stays.
     pub(crate) fn pack_groups(
-        &self,
-        capacity: u64,
-        share: &Share,
-        with_table: bool,
-        keep: &mut dyn FnMut(Range<usize>),
+        &self, capacity: u64, share: &Share, with_table: bool, keep: &mut dyn FnMut(Range<usize>),
     ) -> Option<Packed> {
         let (streamed, _) = self.best_ring(capacity, share, with_table)?;
         self.pack_with(streamed, capacity, share, with_table, Some(keep))
@@ -81,11 +77,7 @@ impl Sizes {
     }
 
     fn pack_with<'a>(
-        &'a self,
-        streamed: Streamed,
-        capacity: u64,
-        share: &Share,
-        with_table: bool,
+        &'a self, streamed: Streamed, capacity: u64, share: &Share, with_table: bool,
         keep: Option<&'a mut dyn FnMut(Range<usize>)>,
     ) -> Option<Packed> {
         let Share { vision, text } = share;

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-/// Longest source file; a longer one wants a table of contents, and contents are files.
+/// Longest source file, tests apart; a longer one wants a table of contents, and contents are files.
 const MAX_SOURCE_LINES: usize = 700;
 
 /// What is wrong, one line each.
@@ -54,7 +54,7 @@ fn text_rules(file: &str, text: &str) -> Vec<String> {
 fn source_rules(file: &str, text: &str) -> Vec<String> {
     let mut failures = Vec::new();
     let num_lines = text.lines().count();
-    if num_lines > MAX_SOURCE_LINES {
+    if num_lines > MAX_SOURCE_LINES && !file.contains("/tests/") {
         failures.push(format!("{file}: {num_lines} lines, more than {MAX_SOURCE_LINES}; split it by concern"));
     }
     // Put together so that this file does not break its own rules.

@@ -37,7 +37,7 @@ pub(crate) fn print(text: &str) -> CliResult {
     })
 }
 
-/// [`print`] with a line end.
+/// [`print()`] with a line end.
 pub(crate) fn print_line(text: &str) -> CliResult {
     print(&format!("{text}\n"))
 }

@@ -43,7 +43,7 @@ mod source;
 mod synth;
 mod table;
 
-pub use checkpoint::{Checkpoint, MappedTensor, Notice};
+pub use checkpoint::{Checkpoint, MappedTensor, Notice, read_config};
 pub use error::CheckpointError;
 pub use hash::{FileHash, TensorHash, TensorHashes, digest, hash_files, hash_tensors};
 pub use header::{ForeignFile, Header, HeaderError, HeaderTensor, parse_header};

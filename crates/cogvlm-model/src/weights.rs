@@ -19,8 +19,10 @@ pub enum GroupSource<W> {
 /// One tensor of a streamed group.
 #[derive(Clone)]
 pub enum SourceTensor<W> {
-    /// In host memory or the mapped file.
+    /// In host memory.
     Host(HostWeight),
+    /// In the mapped file only: the system is asked to read it ahead.
+    File(HostWeight),
     /// On another device.
     Peer(W),
 }
@@ -70,6 +72,18 @@ impl<W> TakenPair<W> {
     }
 }
 
+/// Groups beyond those being copied that are read ahead from files.
+const READ_AHEAD_GROUPS: usize = 4;
+
+fn read_ahead<W>(groups: &HashMap<GroupKey, GroupSource<W>>, key: GroupKey) {
+    let Some(GroupSource::Streamed(tensors)) = groups.get(&key) else { return };
+    for tensor in tensors {
+        if let SourceTensor::File(weight) = tensor {
+            weight.read_ahead();
+        }
+    }
+}
+
 impl<B: Backend> Weights<B> {
     /// Weights in `groups`, with a ring of `num_slots` slots of `slot_bytes` where any are streamed.
     ///
@@ -99,6 +113,9 @@ impl<B: Backend> Weights<B> {
             ring.free.push(slot);
         }
         ring.upcoming = keys.filter(|key| matches!(groups.get(key), Some(GroupSource::Streamed(_)))).collect();
+        for key in ring.upcoming.iter().take(READ_AHEAD_GROUPS) {
+            read_ahead(groups, *key);
+        }
         self.fill(backend)
     }
 
@@ -109,12 +126,15 @@ impl<B: Backend> Weights<B> {
             let Some(key) = ring.upcoming.pop_front() else { break };
             let Some(GroupSource::Streamed(tensors)) = self.groups.get(&key) else { continue };
             let sources = tensors.iter().map(|tensor| match tensor {
-                SourceTensor::Host(weight) => StagedSource::Host(HostWeight::clone(weight)),
+                SourceTensor::Host(weight) | SourceTensor::File(weight) => StagedSource::Host(HostWeight::clone(weight)),
                 SourceTensor::Peer(weight) => StagedSource::Peer(weight.clone()),
             });
             let slot = ring.free.pop().expect("checked by the loop");
             ring.in_flight.push_back((key, slot));
             backend.stage(&mut ring.slots, slot, sources.collect())?;
+            if let Some(entering) = ring.upcoming.get(READ_AHEAD_GROUPS - 1) {
+                read_ahead(&self.groups, *entering);
+            }
         }
         Ok(())
     }

@@ -213,6 +213,7 @@ fn place_tensor<B: Backend>(
             SourcePlace::Resident(backend.load(&weight).map_err(failed)?)
         }
         _ if in_place => SourcePlace::Resident(backend.attach(&weight).map_err(failed)?),
+        Residency::File => SourcePlace::Elsewhere(SourceTensor::File(weight)),
         _ => SourcePlace::Elsewhere(SourceTensor::Host(weight)),
     };
     let (unit, group) = (tensor.unit, tensor.group);

@@ -17,6 +17,15 @@ use crate::mapped_file::MappedFile;
 use crate::mapping::Advice;
 use crate::table::{TensorInfo, TensorTable};
 
+/// Reads the `config.json` at `path`, which need not stand beside weights.
+///
+/// # Errors
+/// Where there is no regular file of a sensible size, or where it is not the configuration of a CogVLM model.
+pub fn read_config(path: &Path) -> Result<ModelConfig, CheckpointError> {
+    let text = read_json(path, "it is part of every checkpoint in Hugging Face layout: download it")?;
+    ModelConfig::from_json(&text).map_err(|source| CheckpointError::Config { path: path.to_owned(), source })
+}
+
 /// An open checkpoint: every header is checked, every tensor of the model is there once, with the right shape and a
 /// type that can be read, and every file is mapped. Clones share the mappings.
 #[derive(Debug, Clone)]
@@ -84,9 +93,7 @@ impl Checkpoint {
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
         let layout = Layout::of_dir(dir)?;
         let path = dir.join(CONFIG);
-        let text = read_json(&path, "it is part of every checkpoint in Hugging Face layout: download it")?;
-        let config =
-            ModelConfig::from_json(&text).map_err(|source| CheckpointError::Config { path: path.clone(), source })?;
+        let config = read_config(&path)?;
         Self::open_layout(dir, layout, config, CONFIG, path)
     }
 
@@ -100,11 +107,7 @@ impl Checkpoint {
     }
 
     fn open_layout(
-        dir: &Path,
-        layout: Layout,
-        config: ModelConfig,
-        described_by: &str,
-        config_path: PathBuf,
+        dir: &Path, layout: Layout, config: ModelConfig, described_by: &str, config_path: PathBuf,
     ) -> Result<Self, CheckpointError> {
         let spec = config.resolve().map_err(|source| CheckpointError::Config { path: config_path, source })?;
         let opened = layout.files.par_iter().map(|name| MappedFile::open(&dir.join(name)));
@@ -281,11 +284,7 @@ impl Stored {
 
     /// Matches the stored tensors with those that the model has.
     fn check_model(
-        self,
-        dir: &Path,
-        config: &str,
-        files: &[MappedFile],
-        spec: &ModelSpec,
+        self, dir: &Path, config: &str, files: &[MappedFile], spec: &ModelSpec,
     ) -> Result<(TensorTable, Vec<Place>), CheckpointError> {
         let config = || config.to_owned();
         let (num_layers, num_tensors) = (spec.num_layers + spec.vision.num_layers, self.tensors.len());
@@ -313,11 +312,7 @@ impl Stored {
 
     /// Checks that every tensor of the model is stored, and no other. Optional ones are there in all layers or in none.
     fn check_names(
-        &self,
-        dir: &Path,
-        config: impl Fn() -> String,
-        files: &[MappedFile],
-        expected: &[TensorSpec],
+        &self, dir: &Path, config: impl Fn() -> String, files: &[MappedFile], expected: &[TensorSpec],
     ) -> Result<(), CheckpointError> {
         let known: HashSet<&str> = expected.iter().map(|tensor| tensor.name.as_str()).collect();
         let mut unexpected = self.tensors.iter().filter(|(_, tensor)| !known.contains(tensor.name.as_str()));

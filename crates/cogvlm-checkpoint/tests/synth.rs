@@ -308,17 +308,31 @@ fn names_and_seeds_are_checked() {
         "`cogvlm2-19b` is a CogVLM2 model, for which no synthetic weights are defined; it can be planned only"
     );
     assert_eq!(refused("cogvlm2-19b"), refused("cogvlm2-19b@1"));
-    for (key, value) in [
-        ("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 16000000"),
-        ("\"vocab_size\": 16", "\"vocab_size\": 16000000"),
+    for (key, value, message) in [
+        (
+            "\"num_hidden_layers\": 2",
+            "\"num_hidden_layers\": 16000000",
+            "`vast`: `num_hidden_layers` is 16000000, but it must lie between 1 and 256",
+        ),
+        (
+            "\"hidden_size\": 8,",
+            "\"hidden_size\": -8,",
+            "`vast`: not a usable CogVLM configuration: invalid value: \
+             integer `-8`, expected usize at line 2 column 21",
+        ),
     ] {
-        let json = NANO.replace(key, value).replace("\"hidden_size\": 8,", "\"hidden_size\": 8000000,");
+        let json = NANO.replacen(key, value, 1);
         assert_ne!(json, NANO);
-        assert_eq!(
-            SyntheticModel::from_config_json("vast", &json, 1).unwrap_err().to_string(),
-            "`vast` describes a model of more than 10000 layers, or a tensor of more than 2^40 elements"
-        );
+        assert_eq!(SyntheticModel::from_config_json("vast", &json, 1).unwrap_err().to_string(), message);
     }
+    let patches = NANO.replace("\"image_size\": 28", "\"image_size\": 16384").replace("14,", "16384,");
+    let vast = patches
+        .replace("\"num_positions\": 5", "\"num_positions\": 2")
+        .replace("\"hidden_size\": 4", "\"hidden_size\": 131072");
+    assert_eq!(
+        SyntheticModel::from_config_json("vast", &vast, 1).unwrap_err().to_string(),
+        "`vast` describes a model with a tensor of more than 2^40 elements; no machine could hold it"
+    );
     assert_eq!(SyntheticModel::parse("tiny@18446744073709551615").unwrap().seed(), u64::MAX);
     assert_eq!(
         ModelSource::open("no/such/dir@1").unwrap_err().to_string(),

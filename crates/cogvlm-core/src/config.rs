@@ -83,6 +83,11 @@ pub struct VisionConfig {
     pub hidden_act: String,
 }
 
+/// Most layers of the decoder, and of the vision tower.
+const MAX_LAYERS: usize = 256;
+/// Most patches along a side of an image.
+const MAX_GRID: usize = 1 << 10;
+
 fn default_rms_norm_eps() -> f64 {
     1e-6
 }
@@ -162,22 +167,23 @@ impl ModelConfig {
     /// does not know.
     pub fn resolve(&self) -> Result<ModelSpec, ConfigError> {
         let vision = &self.vision_config;
-        for (key, value) in [
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("num_attention_heads", self.num_attention_heads),
-            ("vocab_size", self.vocab_size),
-            ("max_position_embeddings", self.max_position_embeddings),
-            ("vision_config.hidden_size", vision.hidden_size),
-            ("vision_config.intermediate_size", vision.intermediate_size),
-            ("vision_config.num_hidden_layers", vision.num_hidden_layers),
-            ("vision_config.num_heads", vision.num_heads),
-            ("vision_config.image_size", vision.image_size),
-            ("vision_config.patch_size", vision.patch_size),
+        // Far above every model in use, and low enough that no list of layers fills the memory and no product of these,
+        // summed over the model for the longest context and the largest batch, leaves 64 bits.
+        for (key, value, most) in [
+            ("hidden_size", self.hidden_size, 1 << 18),
+            ("intermediate_size", self.intermediate_size, 1 << 20),
+            ("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS),
+            ("num_attention_heads", self.num_attention_heads, 1 << 18),
+            ("vocab_size", self.vocab_size, 1 << 22),
+            ("max_position_embeddings", self.max_position_embeddings, 1 << 20),
+            ("vision_config.hidden_size", vision.hidden_size, 1 << 18),
+            ("vision_config.intermediate_size", vision.intermediate_size, 1 << 20),
+            ("vision_config.num_hidden_layers", vision.num_hidden_layers, MAX_LAYERS),
+            ("vision_config.num_heads", vision.num_heads, 1 << 18),
+            ("vision_config.image_size", vision.image_size, 1 << 14),
+            ("vision_config.patch_size", vision.patch_size, 1 << 14),
         ] {
-            // 2^24 is far above every size in use and keeps all products of two sizes inside 64 bits.
-            expect(key, value, (1..1 << 24).contains(&value), "it must lie between 1 and 16777215")?;
+            expect(key, value, (1..=most).contains(&value), &format!("it must lie between 1 and {most}"))?;
         }
         let head_dim = self.hidden_size / self.num_attention_heads;
         expect(
@@ -211,7 +217,14 @@ impl ModelConfig {
             vision.image_size.is_multiple_of(vision.patch_size),
             &format!("it must be a multiple of patch_size {}", vision.patch_size),
         )?;
-        let num_patches = (vision.image_size / vision.patch_size).pow(2);
+        let grid = vision.image_size / vision.patch_size;
+        expect(
+            "vision_config.patch_size",
+            vision.patch_size,
+            grid <= MAX_GRID,
+            &format!("that makes {grid} patches a side, and at most {MAX_GRID} are possible"),
+        )?;
+        let num_patches = grid.pow(2);
         expect(
             "vision_config.num_positions",
             vision.num_positions,
@@ -233,7 +246,8 @@ impl ModelConfig {
         )?;
         for (key, eps) in [("rms_norm_eps", self.rms_norm_eps), ("vision_config.layer_norm_eps", vision.layer_norm_eps)]
         {
-            expect(key, eps, eps > 0.0 && eps < 1.0, "an epsilon lies between 0 and 1")?;
+            // As it is used, in single precision: 1e-300 would be no epsilon at all.
+            expect(key, eps, eps as f32 > 0.0 && eps < 1.0, "an epsilon lies between 1e-45 and 1")?;
         }
         for (key, id) in [
             ("bos_token_id", self.bos_token_id),
@@ -313,5 +327,12 @@ mod tests {
         );
         assert!(change("/hidden_size", "wide".into()).contains("invalid type"));
         assert!(change("/num_hidden_layers", 0.into()).contains("between 1 and"));
+        // 2^24 layers would be a list of gigabytes wherever someone asks for the units.
+        assert_eq!(
+            change("/vision_config/num_hidden_layers", (1 << 24).into()),
+            "`vision_config.num_hidden_layers` is 16777216, but it must lie between 1 and 256"
+        );
+        assert!(change("/vision_config/image_size", 16384.into()).contains("patches a side"));
+        assert!(change("/rms_norm_eps", 1e-300.into()).contains("an epsilon lies between"));
     }
 }

@@ -5,19 +5,18 @@ mod rule;
 mod write;
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use cogvlm_core::config::{ConfigError, built_in_json, built_in_names};
 use cogvlm_core::{DType, ModelConfig, ModelSpec, TensorSpec, tensor_inventory};
 
 pub use write::{DEFAULT_MAX_SHARD_BYTES, Written, parse_shard_size, write_checkpoint};
 
+use crate::error::CheckpointError;
+use crate::layout::read_json;
 use crate::monitor::Cancelled;
 use crate::table::{TensorInfo, TensorTable};
 use rule::Rule;
-
-/// Far above every model of this kind; keeps an absurd configuration from filling the memory with names.
-const MAX_LAYERS: usize = 10_000;
 
 /// A configuration with the synthetic weights of a seed. All tensors are bf16; any range of any of them can be made, in
 /// any order, on any number of threads.
@@ -65,8 +64,13 @@ pub enum SynthError {
         text: String,
     },
     /// A configuration that describes no CogVLM model.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
+    #[error("`{name}`: {source}")]
+    Config {
+        /// The configuration.
+        name: String,
+        /// What is wrong with it.
+        source: ConfigError,
+    },
     /// A model that can be planned, not run.
     #[error("`{name}` is a CogVLM2 model, for which no synthetic weights are defined; it can be planned only")]
     NotDefined {
@@ -74,7 +78,7 @@ pub enum SynthError {
         name: String,
     },
     /// Sizes that no machine could hold.
-    #[error("`{name}` describes a model of more than {MAX_LAYERS} layers, or a tensor of more than 2^40 elements")]
+    #[error("`{name}` describes a model with a tensor of more than 2^40 elements; no machine could hold it")]
     TooLarge {
         /// Its name.
         name: String,
@@ -88,13 +92,8 @@ pub enum SynthError {
         reason: String,
     },
     /// The configuration file cannot be read.
-    #[error("cannot read `{}`: {source}", path.display())]
-    ReadConfig {
-        /// The file.
-        path: PathBuf,
-        /// What the operating system said.
-        source: std::io::Error,
-    },
+    #[error(transparent)]
+    ReadConfig(#[from] CheckpointError),
     /// Another process writes the same checkpoint.
     #[error("`{}` is being written by another process; wait for it, or choose another directory", path.display())]
     Busy {
@@ -134,8 +133,7 @@ impl SyntheticModel {
         if !name.ends_with(".json") {
             return Self::built_in(name, seed);
         }
-        let failed = |source| SynthError::ReadConfig { path: name.into(), source };
-        Self::from_config_json(name, &std::fs::read_to_string(name).map_err(failed)?, seed)
+        Self::from_config_json(name, &read_json(Path::new(name), "give a config.json")?, seed)
     }
 
     /// The built-in configuration called `name`, with the weights of `seed`.
@@ -152,14 +150,14 @@ impl SyntheticModel {
     /// # Errors
     /// [`SynthError::Config`], [`SynthError::NotDefined`], [`SynthError::TooLarge`].
     pub fn from_config_json(name: &str, config_json: &str, seed: u64) -> Result<Self, SynthError> {
-        let config = ModelConfig::from_json(config_json)?;
-        let spec = config.resolve()?;
+        let wrong = |source| SynthError::Config { name: name.to_owned(), source };
+        let config = ModelConfig::from_json(config_json).map_err(wrong)?;
+        let spec = config.resolve().map_err(wrong)?;
         if spec.grouped_kv {
             return Err(SynthError::NotDefined { name: name.to_owned() });
         }
-        let num_layers = spec.num_layers + spec.vision.num_layers;
-        let inventory = if num_layers > MAX_LAYERS { Vec::new() } else { tensor_inventory(&spec) };
-        if inventory.is_empty() || !inventory.iter().all(has_plausible_size) {
+        let inventory = tensor_inventory(&spec);
+        if !inventory.iter().all(has_plausible_size) {
             return Err(SynthError::TooLarge { name: name.to_owned() });
         }
         let rules = inventory.iter().map(|tensor| Rule::of_tensor(tensor, &spec, seed)).collect();

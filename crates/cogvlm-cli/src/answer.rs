@@ -6,7 +6,9 @@ use cogvlm_backend::SamplingParams;
 use cogvlm_cpu::CpuBackend;
 use cogvlm_input::{StreamDecoder, Tokenizer};
 use cogvlm_model::Captured;
-use cogvlm_pipeline::{CachedPrefix, Engine, Event, FinishReason, Request, RequestId, StepKind, StepReport};
+use cogvlm_pipeline::{
+    CachedPrefix, Engine, Event, FinishReason, Request, RequestError, RequestId, StepKind, StepReport,
+};
 
 use crate::args::SamplingArgs;
 use crate::error::{CliError, CliResult};
@@ -73,7 +75,7 @@ pub(crate) fn run_all(
     let mut collectors = Vec::new();
     for request in requests {
         let hidden_id = (!request.ignore_eos && request.forced.is_none()).then_some(eos);
-        let id = engine.submit(request)?;
+        let id = engine.submit(request).map_err(refused)?;
         let text = tokenizer.map(|tokenizer| TextStream::new(tokenizer.stream_decoder(), stop));
         collectors.push(Collector { id, hidden_id, text, answer: Answer::default() });
     }
@@ -110,6 +112,13 @@ pub(crate) fn run_all(
         Ok(answer)
     };
     collectors.into_iter().enumerate().map(finish).collect()
+}
+
+/// A request that the engine does not take.
+fn refused(error: RequestError) -> CliError {
+    let too_long = matches!(error, RequestError::TooLong { .. });
+    let error = CliError::new(error);
+    if too_long { error.hint("raise `--context`, or ask for less") } else { error }
 }
 
 /// [`run_all`] of one request.

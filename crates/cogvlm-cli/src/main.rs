@@ -15,7 +15,7 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 use crate::args::{Cli, Command};
 use crate::error::{CliError, CliResult};
@@ -50,10 +50,10 @@ fn run(cli: Cli) -> CliResult {
 }
 
 fn start_logging(level: &str) -> CliResult {
-    let filter = EnvFilter::try_new(level).map_err(|error| {
-        CliError::usage(format!("`--log {level}`: {error}")).hint("one of error, warn, info, debug, trace")
+    let level: LevelFilter = level.parse().map_err(|_| {
+        CliError::usage(format!("`--log {level}` is no level")).hint("one of error, warn, info, debug, trace")
     })?;
     let colour = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colour).init();
+    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_ansi(colour).init();
     Ok(())
 }

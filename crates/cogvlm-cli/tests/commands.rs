@@ -3,6 +3,7 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -56,6 +57,32 @@ fn tokenize_takes_special_tokens_for_text_where_told() {
     assert!(!has(&plain[0], 1) && !has(&plain[0], 2));
     assert_eq!(special[1], plain[1]);
     assert_eq!(tokenize(&["--decode", "--skip-special"], &plain), texts);
+}
+
+/// One line in, one line out: a program at the other end of both pipes may wait for each answer.
+#[test]
+fn tokenize_answers_line_by_line() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_cogvlm-shard"))
+        .args(["tokenize", "--tokenizer", TOKENIZER])
+        .current_dir(repo(""))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let (sender, answers) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(stdout).lines() {
+            drop(sender.send(line.unwrap()));
+        }
+    });
+    for text in ["\"one\"\n", "\"two\"\n"] {
+        stdin.write_all(text.as_bytes()).unwrap();
+        let answer = answers.recv_timeout(Duration::from_secs(20)).expect("an answer while stdin is open");
+        assert!(answer.starts_with('[') && answer.ends_with(']'), "{answer}");
+    }
+    drop(stdin);
+    assert!(child.wait().unwrap().success());
 }
 
 #[test]

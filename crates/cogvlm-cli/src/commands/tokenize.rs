@@ -1,11 +1,12 @@
 //! `tokenize`: lines of JSON in, lines of JSON out.
 
-use std::io::{BufRead, Write};
+use std::io::BufRead;
 
 use cogvlm_input::Tokenizer;
 
 use crate::args::TokenizeArgs;
 use crate::error::{CliError, CliResult};
+use crate::output::print_line;
 
 pub(crate) fn run(args: &TokenizeArgs) -> CliResult {
     let path = args.tokenizer.tokenizer.as_ref().ok_or_else(|| {
@@ -13,7 +14,6 @@ pub(crate) fn run(args: &TokenizeArgs) -> CliResult {
             .hint("a SentencePiece `tokenizer.model` or a `tokenizer.json`")
     })?;
     let tokenizer = Tokenizer::open(path)?;
-    let mut stdout = std::io::BufWriter::new(std::io::stdout().lock());
     for (index, line) in std::io::stdin().lock().lines().enumerate() {
         let at = |what: &dyn std::fmt::Display| CliError::new(format!("line {} of stdin: {what}", index + 1));
         let line = line.map_err(|error| at(&error))?;
@@ -31,15 +31,8 @@ pub(crate) fn run(args: &TokenizeArgs) -> CliResult {
             serde_json::to_string(&ids.map_err(|error| at(&error))?)
         };
         let answer = answer.map_err(|error| at(&error))?;
-        if let Err(error) = writeln!(stdout, "{answer}") {
-            if error.kind() == std::io::ErrorKind::BrokenPipe {
-                return Ok(());
-            }
-            return Err(CliError::new(format!("cannot write to stdout: {error}")));
-        }
+        // Line by line: whoever writes the next line may wait for this one.
+        print_line(&answer)?;
     }
-    stdout.flush().or_else(|error| match error.kind() {
-        std::io::ErrorKind::BrokenPipe => Ok(()),
-        _ => Err(CliError::new(format!("cannot write to stdout: {error}"))),
-    })
+    Ok(())
 }

@@ -147,10 +147,7 @@ impl ModelSource {
 
     /// Elements of tensor `index` of the table; the range fits tensor and `dst`.
     pub(crate) fn read_elements(
-        &self,
-        index: usize,
-        elements: Range<usize>,
-        dst: &mut [u8],
+        &self, index: usize, elements: Range<usize>, dst: &mut [u8],
     ) -> Result<(), CheckpointError> {
         match self {
             Self::Checkpoint(checkpoint) => {

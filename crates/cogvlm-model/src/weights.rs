@@ -126,7 +126,9 @@ impl<B: Backend> Weights<B> {
             let Some(key) = ring.upcoming.pop_front() else { break };
             let Some(GroupSource::Streamed(tensors)) = self.groups.get(&key) else { continue };
             let sources = tensors.iter().map(|tensor| match tensor {
-                SourceTensor::Host(weight) | SourceTensor::File(weight) => StagedSource::Host(HostWeight::clone(weight)),
+                SourceTensor::Host(weight) | SourceTensor::File(weight) => {
+                    StagedSource::Host(HostWeight::clone(weight))
+                }
                 SourceTensor::Peer(weight) => StagedSource::Peer(weight.clone()),
             });
             let slot = ring.free.pop().expect("checked by the loop");

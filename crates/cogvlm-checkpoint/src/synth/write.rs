@@ -59,10 +59,7 @@ pub fn parse_shard_size(text: &str) -> Result<u64, SynthError> {
 /// [`SynthError::NotEmpty`] where `dir` holds anything but this very checkpoint; [`SynthError::Busy`],
 /// [`SynthError::Io`], [`SynthError::Cancelled`]. Nothing written remains then.
 pub fn write_checkpoint(
-    model: &SyntheticModel,
-    dir: &Path,
-    max_shard_bytes: u64,
-    monitor: &Monitor<'_>,
+    model: &SyntheticModel, dir: &Path, max_shard_bytes: u64, monitor: &Monitor<'_>,
 ) -> Result<Written, SynthError> {
     let output = Output::plan(model, max_shard_bytes);
     let meter = Meter::new(monitor, model.table().total_bytes());

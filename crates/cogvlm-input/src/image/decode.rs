@@ -108,9 +108,7 @@ impl DecodeLimits {
 }
 
 fn decode<D: ImageDecoder>(
-    opened: image::ImageResult<D>,
-    format: Format,
-    limits: &DecodeLimits,
+    opened: image::ImageResult<D>, format: Format, limits: &DecodeLimits,
 ) -> Result<Rgb8Image, DecodeError> {
     let problem = |error| match error {
         image::ImageError::Unsupported(error) => DecodeError::Unsupported { format, feature: error.to_string() },

@@ -93,11 +93,7 @@ fn split_characters(text: &str) -> Vec<Symbol> {
 }
 
 fn candidate(
-    vocabulary: &impl Vocabulary,
-    text: &str,
-    symbols: &[Symbol],
-    left: usize,
-    right: usize,
+    vocabulary: &impl Vocabulary, text: &str, symbols: &[Symbol], left: usize, right: usize,
 ) -> Option<Candidate> {
     let (start, end) = (symbols[left].start, symbols[right].end);
     let Merge { rank, id } = vocabulary.merged(&text[start..end])?;

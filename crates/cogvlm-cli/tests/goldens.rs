@@ -8,9 +8,9 @@ use common::{arg, cogvlm, cogvlm_json, ids, read_tensor, relative_rms, repo, ten
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// Relative RMS that two right f32 implementations stay within: they differ by about 1e-6, the smallest mistake known
-/// on these cases by 8e-5.
-const F32_BOUND: f64 = 2e-5;
+/// Relative RMS that two right f32 implementations stay within: they differ by 1e-6 to 2e-6, the smallest mistake known
+/// on these cases (the tanh form of gelu, in `odd/long`) by 1.7e-5.
+const F32_BOUND: f64 = 5e-6;
 /// bf16 may be this much worse than the reference in bf16.
 const BF16_FACTOR: f64 = 1.25;
 

@@ -332,7 +332,7 @@ mod tests {
             change("/vision_config/num_hidden_layers", (1 << 24).into()),
             "`vision_config.num_hidden_layers` is 16777216, but it must lie between 1 and 256"
         );
-        assert!(change("/vision_config/image_size", 16384.into()).contains("patches a side"));
+        assert!(change("/vision_config/image_size", 14350.into()).contains("1025 patches a side"));
         assert!(change("/rms_norm_eps", 1e-300.into()).contains("an epsilon lies between"));
     }
 }

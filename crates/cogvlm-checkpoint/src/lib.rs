@@ -6,7 +6,7 @@
 //! | open `DIR` or `NAME@SEED` and read tensors from it | [`ModelSource`] |
 //! | open a directory in Hugging Face layout, map its tensors | [`Checkpoint`], [`MappedTensor`] |
 //! | make a synthetic model, or write it as a checkpoint | [`SyntheticModel`], [`write_checkpoint`] |
-//! | tell what a checkpoint holds | [`inspect`] |
+//! | tell what a checkpoint holds | [`inspect()`] |
 //! | hash weights | [`hash_files`], [`hash_tensors`], [`digest`] |
 //! | read a safetensors header | [`parse_header`] |
 //!

@@ -45,7 +45,8 @@ impl ModelSource {
         let name = model.rsplit_once('@').map_or(model, |(name, _)| name);
         let path = Path::new(model);
         let names_config = ModelConfig::built_in(name).is_some() || name.ends_with(".json");
-        if names_config && (model.contains('@') || !path.exists()) {
+        let misspelt = !path.exists() && model.contains('@') && !model.contains('/');
+        if misspelt || names_config && (model.contains('@') || !path.exists()) {
             return Ok(Self::Synthetic(Arc::new(SyntheticModel::parse(model)?)));
         }
         Ok(Self::Checkpoint(Checkpoint::open(path)?))

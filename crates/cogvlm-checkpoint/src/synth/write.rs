@@ -318,15 +318,18 @@ impl PartialFile {
 
 /// What has been created so far; removed on drop unless [`Unfinished::finish`] succeeds.
 struct Unfinished {
-    created_dir: Option<PathBuf>,
+    /// Deepest first.
+    created_dirs: Vec<PathBuf>,
     files: Vec<PathBuf>,
 }
 
 impl Unfinished {
     fn create_dir(dir: &Path) -> Result<Self, SynthError> {
-        let created_dir = (!dir.exists()).then(|| dir.to_owned());
+        let is_absent = |dir: &&Path| !dir.as_os_str().is_empty() && !dir.exists();
+        let created_dirs = dir.ancestors().take_while(is_absent).map(Path::to_owned).collect();
+        let unfinished = Self { created_dirs, files: Vec::new() };
         fs::create_dir_all(dir).map_err(cannot_write(dir))?;
-        Ok(Self { created_dir, files: Vec::new() })
+        Ok(unfinished)
     }
 
     fn create(&mut self, dir: &Path, name: &str, file_bytes: u64) -> Result<PartialFile, SynthError> {
@@ -350,7 +353,7 @@ impl Unfinished {
         }
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(cannot_write(dir))?;
         self.files.clear();
-        self.created_dir = None;
+        self.created_dirs.clear();
         Ok(())
     }
 }
@@ -361,7 +364,7 @@ impl Drop for Unfinished {
         for path in &self.files {
             let _ = fs::remove_file(path);
         }
-        if let Some(dir) = &self.created_dir {
+        for dir in &self.created_dirs {
             let _ = fs::remove_dir(dir);
         }
     }

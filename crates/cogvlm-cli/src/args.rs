@@ -238,16 +238,16 @@ pub(crate) struct SamplingArgs {
     #[arg(long, value_name = "N")]
     pub(crate) max_new_tokens: Option<usize>,
     /// 0 is greedy: the most probable token.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub(crate) temperature: f32,
     /// Keep the K most probable tokens; 0 keeps all.
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub(crate) top_k: usize,
     /// Keep the most probable tokens that together reach P.
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     pub(crate) top_p: f32,
     /// Above 1 discourages tokens seen before.
-    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    #[arg(long, value_name = "R", default_value_t = 1.0, allow_negative_numbers = true)]
     pub(crate) repetition_penalty: f32,
     /// Seed of the draws; the same seed gives the same answer.
     #[arg(long, default_value_t = 0)]

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Set once the user wants the program to end.
@@ -11,11 +11,14 @@ pub(crate) static CANCELLED: AtomicBool = AtomicBool::new(false);
 /// Files to remove if the program ends now.
 static PARTIAL: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
+/// What shells expect of an interrupted program.
+pub(crate) const EXIT_CODE: u8 = 130;
+
 /// How long commands have to end by themselves after Ctrl-C.
 const GRACE: Duration = Duration::from_millis(600);
 
 /// Installs the handler: it sets [`CANCELLED`], waits a little, then removes partial files and ends the process with
-/// 130, as shells expect of an interrupted program.
+/// [`EXIT_CODE`].
 pub(crate) fn install() {
     let handler = || {
         if !CANCELLED.swap(true, Ordering::SeqCst) {
@@ -23,7 +26,7 @@ pub(crate) fn install() {
                 std::thread::sleep(GRACE);
                 remove_partial();
                 crate::output::note("interrupted");
-                end(130);
+                end(EXIT_CODE.into());
             });
         }
     };
@@ -31,19 +34,38 @@ pub(crate) fn install() {
     drop(ctrlc::set_handler(handler));
 }
 
-/// Registers a file for removal on Ctrl-C until the guard is dropped.
+/// Whether the user wants the program to end.
+pub(crate) fn requested() -> bool {
+    CANCELLED.load(Ordering::SeqCst)
+}
+
+/// Registers a file for removal: on Ctrl-C, and when the guard is dropped before it is renamed.
 pub(crate) fn remove_on_exit(path: &Path) -> PartialFile {
-    PARTIAL.lock().unwrap_or_else(PoisonError::into_inner).push(path.to_owned());
+    partial_files().push(path.to_owned());
     PartialFile(path.to_owned())
 }
 
 /// See [`remove_on_exit`].
 pub(crate) struct PartialFile(PathBuf);
 
+impl PartialFile {
+    /// The file is complete: gives it its name.
+    pub(crate) fn rename_to(self, path: &Path) -> std::io::Result<()> {
+        std::fs::rename(&self.0, path)
+    }
+}
+
 impl Drop for PartialFile {
     fn drop(&mut self) {
-        PARTIAL.lock().unwrap_or_else(PoisonError::into_inner).retain(|path| *path != self.0);
+        let mut files = partial_files();
+        files.retain(|path| *path != self.0);
+        // Absent where it has been renamed.
+        drop(std::fs::remove_file(&self.0));
     }
+}
+
+fn partial_files() -> MutexGuard<'static, Vec<PathBuf>> {
+    PARTIAL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Ends the program when its reader has gone away.
@@ -53,7 +75,7 @@ pub(crate) fn exit_quietly() -> ! {
 }
 
 fn remove_partial() {
-    for path in PARTIAL.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+    for path in partial_files().drain(..) {
         drop(std::fs::remove_file(path));
     }
 }

@@ -10,6 +10,7 @@ mod output;
 mod progress;
 mod prompt;
 mod session;
+mod stdin;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -25,6 +26,10 @@ fn main() -> ExitCode {
     interrupt::install();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(_) if interrupt::requested() => {
+            output::note("interrupted");
+            ExitCode::from(interrupt::EXIT_CODE)
+        }
         Err(error) => {
             // Nothing can be done where even stderr is closed.
             drop(std::io::stderr().write_all(error.render().as_bytes()));

@@ -1,5 +1,6 @@
 //! From what a user gives to what the model reads.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use cogvlm_core::prompt::Turn;
@@ -36,10 +37,24 @@ pub(crate) fn read_history(path: &Path) -> CliResult<Vec<Turn>> {
     Ok(pairs.into_iter().map(|(question, answer)| Turn { question, answer }).collect())
 }
 
+/// Most bytes of a file that a user writes: prompts, histories, device maps.
+const MAX_TEXT_BYTES: u64 = 64 << 20;
+
+/// Reads a text file of a sensible size: endless device files end as an error.
+pub(crate) fn read_text(path: &Path) -> CliResult<String> {
+    let failed = |error: &dyn std::fmt::Display| CliError::new(format!("cannot read `{}`: {error}", path.display()));
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(|error| failed(&error))?;
+    file.take(MAX_TEXT_BYTES + 1).read_to_end(&mut bytes).map_err(|error| failed(&error))?;
+    if bytes.len() as u64 > MAX_TEXT_BYTES {
+        return Err(failed(&format!("it is longer than {} MiB", MAX_TEXT_BYTES >> 20)));
+    }
+    String::from_utf8(bytes).map_err(|error| failed(&format!("it is not UTF-8: {}", error.utf8_error())))
+}
+
 /// Reads a JSON file of the form that `wanted` describes.
 pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path, wanted: &str) -> CliResult<T> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| CliError::new(format!("cannot read `{}`: {error}", path.display())))?;
+    let text = read_text(path)?;
     serde_json::from_str(&text).map_err(|error| CliError::new(format!("`{}` is not {wanted}: {error}", path.display())))
 }
 

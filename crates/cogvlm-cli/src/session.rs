@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cogvlm_backend::RopeMode;
-use cogvlm_checkpoint::ModelSource;
+use cogvlm_checkpoint::{ModelSource, SyntheticModel, read_config};
 use cogvlm_core::memory::format_bytes;
 use cogvlm_core::module_tree::Module;
 use cogvlm_core::workspace::StepLimits;
@@ -23,6 +23,7 @@ use crate::commands::plan::accelerate_map;
 use crate::error::{CliError, CliResult};
 use crate::output::note;
 use crate::progress::byte_bar;
+use crate::prompt::read_text;
 
 /// A model that is loaded and answers.
 pub(crate) struct Session {
@@ -120,25 +121,27 @@ pub(crate) fn open_source(model: &str) -> CliResult<ModelSource> {
 
 /// Reads the configuration of `MODEL` for planning: weights are not needed.
 pub(crate) fn planned_model(model: &str) -> CliResult<PlannedModel> {
-    let name = model.rsplit_once('@').map_or(model, |(name, _)| name);
-    let path = Path::new(if model.contains('@') { name } else { model });
-    let config = match ModelConfig::built_in(name) {
-        Some(config) if !path.exists() => config,
-        _ => {
-            let file = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
-            let text = std::fs::read_to_string(&file).map_err(|error| {
-                let known: Vec<&str> = cogvlm_core::config::built_in_names().collect();
-                CliError::new(format!("cannot read `{}`: {error}", file.display()))
-                    .hint(format!("give a checkpoint directory, a config.json, or one of {}", known.join(", ")))
-            })?;
-            ModelConfig::from_json(&text).map_err(|error| CliError::new(format!("`{}`: {error}", file.display())))?
-        }
+    let path = Path::new(model);
+    let config = if path.exists() {
+        read_config(&if path.is_dir() { path.join("config.json") } else { path.to_owned() })?
+    } else if let Some(config) = ModelConfig::built_in(model) {
+        config
+    } else if model.contains('@') {
+        SyntheticModel::parse(model)?.config().clone()
+    } else {
+        let known: Vec<&str> = cogvlm_core::config::built_in_names().collect();
+        return Err(CliError::new(format!("cannot read `{model}`: it does not exist"))
+            .hint(format!("give a checkpoint directory, a config.json, or one of {}", known.join(", "))));
     };
-    let spec = config.resolve().map_err(|error| CliError::new(format!("`{model}`: {error}")))?;
+    let wrong = |error: &dyn std::fmt::Display| CliError::new(format!("`{model}`: {error}"));
+    let spec = config.resolve().map_err(|error| wrong(&error))?;
+    let known = [DType::F32, DType::F16, DType::Bf16];
     let weight_dtype = match config.torch_dtype.as_deref() {
-        Some("float32") => DType::F32,
-        Some("float16") => DType::F16,
-        _ => DType::Bf16,
+        None => DType::Bf16,
+        Some(name) => known
+            .into_iter()
+            .find(|dtype| dtype.torch_name() == name)
+            .ok_or_else(|| wrong(&format!("`torch_dtype` is {name}, but weights are float32, float16 or bfloat16")))?,
     };
     Ok(PlannedModel { name: model.to_owned(), spec, weight_dtype })
 }
@@ -192,7 +195,7 @@ fn make_plan(args: &ModelArgs, request: &PlanRequest) -> CliResult<Plan> {
         return Plan::from_hugging_face(&map, request).map_err(plan_error);
     };
     let unreadable = |error: &dyn std::fmt::Display| CliError::new(format!("`{}`: {error}", path.display()));
-    let text = std::fs::read_to_string(path).map_err(|error| unreadable(&error))?;
+    let text = read_text(path)?;
     let json: serde_json::Value =
         serde_json::from_str(&text).map_err(|error| unreadable(&format!("not JSON: {error}")))?;
     let given = args.placement.max_memory.as_deref().is_some_and(|text| text != "auto");

@@ -29,15 +29,17 @@ pub(crate) fn run(args: &BenchArgs) -> CliResult {
     }
     let mut session = Session::open(&args.model, open_source(&args.model.model)?, false)?;
     let spec = session.engine.spec().clone();
-    let layout = prompt(&spec, args);
-    let num_prompt = layout.input_ids.len();
-    if num_prompt + args.new_tokens > session.plan.limits.context_len {
+    // Counted before it is made: any number can be asked for.
+    let num_vision_tokens = if args.text_only { 0 } else { spec.num_vision_tokens() };
+    let num_prompt = args.prompt_tokens.saturating_add(1 + num_vision_tokens);
+    if num_prompt.saturating_add(args.new_tokens) > session.plan.limits.context_len {
         return Err(CliError::new(format!(
             "a prompt of {num_prompt} tokens and {} new ones exceed the context of {}",
             args.new_tokens, session.plan.limits.context_len
         ))
         .hint("raise `--context`, or ask for fewer with `--prompt-tokens` and `--new-tokens`"));
     }
+    let layout = prompt(&spec, args);
     note("warming up");
     repetition(&mut session, &layout, args)?;
     let mut runs = Vec::new();

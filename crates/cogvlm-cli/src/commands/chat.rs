@@ -1,6 +1,6 @@
 //! `chat`: several turns about one image. The KV cache of what was said stays, so a turn computes only what is new.
 
-use std::io::{BufRead, IsTerminal};
+use std::io::IsTerminal;
 use std::path::Path;
 
 use cogvlm_core::Template;
@@ -16,6 +16,7 @@ use crate::error::{CliError, CliResult};
 use crate::output::{note, print, print_line};
 use crate::prompt::{layout_of_text, open_tokenizer, read_image};
 use crate::session::{Session, open_source};
+use crate::stdin::StdinLines;
 
 const HELP: &str = "commands: /image FILE  talk about another image\n          /reset       forget what was said\n          /help        this text\n          /exit        leave (so does Ctrl-D)";
 
@@ -118,7 +119,7 @@ impl Conversation {
 /// Lines from a person with an editor, or from a pipe.
 enum Lines {
     Person(Box<DefaultEditor>),
-    Pipe(std::io::Lines<std::io::StdinLock<'static>>),
+    Pipe(StdinLines),
 }
 
 impl Lines {
@@ -128,7 +129,7 @@ impl Lines {
                 DefaultEditor::new().map_err(|error| CliError::new(format!("cannot use this terminal: {error}")))?;
             return Ok(Self::Person(Box::new(editor)));
         }
-        Ok(Self::Pipe(std::io::stdin().lock().lines()))
+        Ok(Self::Pipe(StdinLines::lock()))
     }
 
     fn interactive(&self) -> bool {
@@ -147,8 +148,10 @@ impl Lines {
                 Err(error) => Err(CliError::new(format!("cannot read from this terminal: {error}"))),
             },
             Self::Pipe(lines) => {
-                let line = lines.next().transpose();
-                line.map_err(|error| CliError::new(format!("cannot read questions from stdin: {error}")))
+                let failed =
+                    |error: &dyn std::fmt::Display| CliError::new(format!("cannot read questions from stdin: {error}"));
+                let line = lines.next().transpose().map_err(|error| failed(&error))?;
+                line.map(String::from_utf8).transpose().map_err(|error| failed(&error))
             }
         }
     }

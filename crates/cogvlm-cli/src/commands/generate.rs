@@ -15,8 +15,8 @@ use serde_json::json;
 use crate::answer::{self, Answer};
 use crate::args::GenerateArgs;
 use crate::error::{CliError, CliResult};
-use crate::output::{print, print_line, write_file};
-use crate::prompt::{layout_of_ids, layout_of_text, open_tokenizer, read_history, read_image, read_json};
+use crate::output::{OutputFile, print, print_line};
+use crate::prompt::{layout_of_ids, layout_of_text, open_tokenizer, read_history, read_image, read_json, read_text};
 use crate::session::{Session, open_source};
 
 /// What will be asked of the model.
@@ -46,7 +46,8 @@ pub(crate) fn run(args: &GenerateArgs) -> CliResult {
     if forced.as_ref().is_some_and(Vec::is_empty) {
         return Err(CliError::new("`--force-ids`: the list is empty; at least one token has to be fed"));
     }
-    // Everything that can be wrong with the questions is found before the model is loaded.
+    // Everything that can be wrong with files and questions is found before the model is loaded.
+    let outputs = Outputs::create(args)?;
     let source = open_source(&args.model.model)?;
     let tokenizer = find_tokenizer(args)?;
     let questions = read_questions(args, source.spec(), tokenizer.as_ref())?;
@@ -74,8 +75,8 @@ pub(crate) fn run(args: &GenerateArgs) -> CliResult {
     let requests = questions.iter().map(request).collect();
     let mut stream = |_, text: &str| if args.json { Ok(()) } else { print(text) };
     let answers = answer::run_all(&mut session.engine, requests, tokenizer.as_ref(), &args.sampling.stop, &mut stream)?;
-    for answer in &answers {
-        write_activations(args, &session, answer)?;
+    if let [answer] = &answers[..] {
+        outputs.write(session.engine.spec(), answer)?;
     }
     if !args.json {
         return print_line("");
@@ -112,8 +113,7 @@ fn read_questions(args: &GenerateArgs, spec: &ModelSpec, tokenizer: Option<&Toke
         let history = args.history.as_deref().map(read_history).transpose()?.unwrap_or_default();
         return Ok(vec![ask(args.prompt.as_deref().unwrap_or_default(), None, &history, args.image.as_deref())?]);
     };
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| CliError::new(format!("cannot read `{}`: {error}", path.display())))?;
+    let text = read_text(path)?;
     let mut questions = Vec::new();
     for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let at = |error: &dyn std::fmt::Display| {
@@ -132,19 +132,34 @@ fn read_questions(args: &GenerateArgs, spec: &ModelSpec, tokenizer: Option<&Toke
     Ok(questions)
 }
 
-/// Writes what `--logits-out` and `--hidden-states-out` ask for.
-fn write_activations(args: &GenerateArgs, session: &Session, answer: &Answer) -> CliResult {
-    if let Some(path) = &args.logits_out {
-        let vocab_size = session.engine.spec().vocab_size;
-        let values: Vec<f32> = answer.logits.concat();
-        write_tensors(path, &[("logits", vec![answer.logits.len(), vocab_size], &values)])?;
+/// The files of `--logits-out` and `--hidden-states-out`.
+struct Outputs {
+    logits: Option<OutputFile>,
+    hidden_states: Option<OutputFile>,
+}
+
+impl Outputs {
+    fn create(args: &GenerateArgs) -> CliResult<Self> {
+        if args.logits_out.is_some() && args.logits_out == args.hidden_states_out {
+            return Err(CliError::usage("`--logits-out` and `--hidden-states-out` name the same file"));
+        }
+        let create = |path: &Option<PathBuf>| path.as_deref().map(OutputFile::create).transpose();
+        Ok(Self { logits: create(&args.logits_out)?, hidden_states: create(&args.hidden_states_out)? })
     }
-    if let Some(path) = &args.hidden_states_out {
-        let tensors: Vec<_> =
-            answer.captured.iter().map(|tap| (tap.name.as_str(), tap.shape.to_vec(), tap.values.as_slice())).collect();
-        write_tensors(path, &tensors)?;
+
+    fn write(self, spec: &ModelSpec, answer: &Answer) -> CliResult {
+        if let Some(file) = self.logits {
+            let values: Vec<f32> = answer.logits.concat();
+            write_tensors(file, &[("logits", vec![answer.logits.len(), spec.vocab_size], &values)])?;
+        }
+        if let Some(file) = self.hidden_states {
+            let taps = answer.captured.iter();
+            let tensors: Vec<_> =
+                taps.map(|tap| (tap.name.as_str(), tap.shape.to_vec(), tap.values.as_slice())).collect();
+            write_tensors(file, &tensors)?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 fn report(session: &Session, question: &Question, answer: &Answer) -> serde_json::Value {
@@ -178,7 +193,7 @@ fn report(session: &Session, question: &Question, answer: &Answer) -> serde_json
 }
 
 /// Writes f32 tensors as one safetensors file.
-pub(crate) fn write_tensors(path: &Path, tensors: &[(&str, Vec<usize>, &[f32])]) -> CliResult {
+pub(crate) fn write_tensors(file: OutputFile, tensors: &[(&str, Vec<usize>, &[f32])]) -> CliResult {
     let bytes: Vec<Vec<u8>> =
         tensors.iter().map(|(_, _, values)| values.iter().flat_map(|value| value.to_le_bytes()).collect()).collect();
     let views = tensors
@@ -186,5 +201,5 @@ pub(crate) fn write_tensors(path: &Path, tensors: &[(&str, Vec<usize>, &[f32])])
         .zip(&bytes)
         .map(|((name, shape, _), bytes)| TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (*name, view)));
     let views: HashMap<_, _> = views.collect::<Result<_, _>>()?;
-    write_file(path, &safetensors::serialize(views, None)?)
+    file.write(&safetensors::serialize(views, None)?)
 }

@@ -1,6 +1,6 @@
 //! `plan`: where everything would go.
 
-use std::io::{BufRead, Write};
+use std::io::Write;
 
 use cogvlm_core::DType;
 use cogvlm_core::memory::format_bytes;
@@ -18,6 +18,7 @@ use crate::error::{CliError, CliResult};
 use crate::output::print_line;
 use crate::prompt::read_json;
 use crate::session::{plan_error, planned_model, request_for};
+use crate::stdin::StdinLines;
 
 pub(crate) fn run(args: &PlanArgs) -> CliResult {
     if args.requests {
@@ -114,25 +115,27 @@ fn read_rates(path: &std::path::Path) -> CliResult<Rates> {
 fn answer_requests() -> CliResult {
     let mut trees = TreeCache::default();
     let mut stdout = std::io::stdout().lock();
-    let mut stdin = std::io::stdin().lock();
-    loop {
-        let mut line = Vec::new();
-        let length =
-            stdin.read_until(b'\n', &mut line).map_err(|error| CliError::new(format!("cannot read stdin: {error}")))?;
-        if length == 0 {
-            return Ok(());
-        }
-        let line = String::from_utf8_lossy(&line);
-        if line.trim().is_empty() {
-            continue;
-        }
-        let answer = answer_line(line.trim_end(), &mut trees, &mut own_policy);
+    for line in StdinLines::lock() {
+        let answer = match line {
+            Ok(line) => {
+                let line = String::from_utf8_lossy(&line);
+                if line.trim().is_empty() {
+                    continue;
+                }
+                answer_line(line.trim_end(), &mut trees, &mut own_policy)
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                json!({"error": {"type": "ValueError", "message": format!("the request: {error}")}}).to_string()
+            }
+            Err(error) => return Err(CliError::new(format!("cannot read stdin: {error}"))),
+        };
         let written = writeln!(stdout, "{answer}").and_then(|()| stdout.flush());
         match written {
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
             written => written.map_err(|error| CliError::new(format!("cannot write to stdout: {error}")))?,
         }
     }
+    Ok(())
 }
 
 /// A request under one of our own policies: the fields of a plan, as `plan --json` prints them.

@@ -1,12 +1,11 @@
 //! `tokenize`: lines of JSON in, lines of JSON out.
 
-use std::io::BufRead;
-
 use cogvlm_input::Tokenizer;
 
 use crate::args::TokenizeArgs;
 use crate::error::{CliError, CliResult};
 use crate::output::print_line;
+use crate::stdin::StdinLines;
 
 pub(crate) fn run(args: &TokenizeArgs) -> CliResult {
     let path = args.tokenizer.tokenizer.as_ref().ok_or_else(|| {
@@ -14,9 +13,10 @@ pub(crate) fn run(args: &TokenizeArgs) -> CliResult {
             .hint("a SentencePiece `tokenizer.model` or a `tokenizer.json`")
     })?;
     let tokenizer = Tokenizer::open(path)?;
-    for (index, line) in std::io::stdin().lock().lines().enumerate() {
+    for (index, line) in StdinLines::lock().enumerate() {
         let at = |what: &dyn std::fmt::Display| CliError::new(format!("line {} of stdin: {what}", index + 1));
         let line = line.map_err(|error| at(&error))?;
+        let line = String::from_utf8(line).map_err(|error| at(&error))?;
         if line.trim().is_empty() {
             continue;
         }

@@ -22,12 +22,18 @@ const GRACE: Duration = Duration::from_millis(600);
 pub(crate) fn install() {
     let handler = || {
         if !CANCELLED.swap(true, Ordering::SeqCst) {
-            std::thread::spawn(|| {
-                std::thread::sleep(GRACE);
+            let end_now = || {
                 remove_partial();
                 crate::output::note("interrupted");
                 end(EXIT_CODE.into());
-            });
+            };
+            let end_soon = move || {
+                std::thread::sleep(GRACE);
+                end_now();
+            };
+            if std::thread::Builder::new().spawn(end_soon).is_err() {
+                end_now();
+            }
         }
     };
     // Without a handler Ctrl-C still ends the process; only partial files may stay.

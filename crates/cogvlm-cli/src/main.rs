@@ -40,6 +40,9 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> CliResult {
     start_logging(&cli.log)?;
+    if !matches!(cli.command, Command::Plan(_) | Command::Tokenize(_) | Command::Preprocess(_)) {
+        start_threads()?;
+    }
     match &cli.command {
         Command::Plan(args) => commands::plan::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
@@ -52,6 +55,13 @@ fn run(cli: Cli) -> CliResult {
         Command::Doctor(args) => commands::doctor::run(args),
         Command::Demo => commands::demo::run(),
     }
+}
+
+/// Starts the threads that reading, hashing and making weights share. Left alone, they start when they are first needed,
+/// and a machine that has no more threads to give is a panic.
+fn start_threads() -> CliResult {
+    let started = rayon::ThreadPoolBuilder::new().build_global();
+    started.map_err(|error| CliError::new(format!("cannot start the threads that read weights: {error}")))
 }
 
 fn start_logging(level: &str) -> CliResult {

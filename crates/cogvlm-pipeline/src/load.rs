@@ -156,7 +156,7 @@ fn place_weights<B: Backend>(
     let total: u64 = wanted.iter().map(|(_, placement)| placement.bytes).sum();
     let done = AtomicU64::new(0);
     progress(0, total);
-    let place_on = |device: Device| -> Result<Vec<_>, LoadError> {
+    let place_on = &|device: Device| -> Result<Vec<_>, LoadError> {
         let mut placed = Vec::new();
         for (index, placement) in wanted.iter().filter(|(_, placement)| rests_on(placement) == device) {
             placed.push((*index, place_tensor(placement, source, backends)?));
@@ -165,7 +165,8 @@ fn place_weights<B: Backend>(
         Ok(placed)
     };
     let mut all = std::thread::scope(|scope| {
-        let threads: Vec<_> = backends.keys().map(|device| scope.spawn(|| place_on(*device))).collect();
+        let spawn = |device| std::thread::Builder::new().spawn_scoped(scope, move || place_on(device));
+        let threads: Vec<_> = backends.keys().copied().map(spawn).collect::<Result<_, _>>()?;
         let mut all: Vec<(usize, PlacedTensor<B::Weight>)> = Vec::new();
         for thread in threads {
             all.extend(thread.join().expect("loading reports failures as errors")?);

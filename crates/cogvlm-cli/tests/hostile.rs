@@ -917,3 +917,35 @@ fn old_files_survive() {
     scratch.refuses(&words(&arguments), 1, "the prompt has 10 tokens");
     assert_eq!(fs::read_to_string(scratch.path("out")).unwrap(), "precious");
 }
+
+/// Names that people give to directories, an environment without anything, a working directory that is gone.
+#[test]
+fn odd_places() {
+    let scratch = Scratch::new();
+    let dir = "DIR/ü b\n$(c)'\"/m@2";
+    let tokenizer = repo(TOKENIZER);
+    let succeeds = |command: &mut Command| {
+        let output = command.env_clear().output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success() && !stderr.contains("error"), "{command:?}: {stderr}");
+    };
+    succeeds(&mut scratch.command(&["synth", "tiny@1", "--out", dir]));
+    let path = scratch.path("ü b\n$(c)'\"/m@2");
+    fs::copy(tokenizer, path.join("tokenizer.model")).unwrap();
+    let generate = ["generate", "--model", dir, "--prompt", "a", "--max-new-tokens", "1"];
+    succeeds(&mut scratch.command(&["inspect", dir]));
+    succeeds(&mut scratch.command(&["plan", dir, "--max-memory", "cpu:1GiB"]));
+    succeeds(&mut scratch.command(&["plan", dir, "--max-memory", "0:1GiB", "--policy", "accelerate"]));
+    succeeds(&mut scratch.command(&generate));
+    fs::remove_file(path.join("config.json")).unwrap();
+    scratch.refuses(&generate, 1, "`DIR/ü b $(c)'\"/m@2/config.json` does not exist");
+
+    let gone = scratch.path("gone");
+    fs::create_dir(&gone).unwrap();
+    let in_gone = format!(
+        "cd '{0}' && rmdir '{0}' && exec '{1}' plan tiny --max-memory cpu:1GiB",
+        arg(&gone),
+        env!("CARGO_BIN_EXE_cogvlm-shard")
+    );
+    succeeds(Command::new("/bin/sh").args(["-c", &in_gone]));
+}

@@ -11,9 +11,11 @@ pub mod error;
 pub mod oracle;
 pub mod rope;
 pub mod sampling;
+pub mod shape;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cogvlm_core::DType;
 use cogvlm_core::tokens::ExpertRange;
@@ -42,6 +44,30 @@ pub trait HostTensor: Send + Sync {
     fn read_into(&self, destination: &mut [u8]) -> Result<(), HostReadError>;
     /// Asks the system to read it ahead; a hint.
     fn read_ahead(&self) {}
+    /// The whole mapping that [`mapped`](Self::mapped) is a part of, from its first page on: what a device registers
+    /// with its driver to copy from it at the full rate of the link. `None` where the bytes lie in ordinary memory.
+    fn mapping(&self) -> Option<&[u8]> {
+        None
+    }
+    /// How its elements are made, where a rule makes them: a device that knows the rule makes them in place.
+    fn rule(&self) -> Option<ElementRule> {
+        None
+    }
+}
+
+/// How the elements of a synthetic tensor are made, all in u64 and f32: element `i` is
+/// `bf16(base + amplitude * u(key + i * 0x9E3779B97F4A7C15))` with `u` the top 24 bits of SplitMix64's output function
+/// as a number in [-1, 1). A mixture adds up `u` of another tensor's rows before the amplitude.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ElementRule {
+    /// State of the generator at element 0: of this tensor, or of the one whose rows are mixed.
+    pub key: u64,
+    /// Added at the end.
+    pub base: f32,
+    /// Scales the random number.
+    pub amplitude: f32,
+    /// For `lm_head.weight`: each row mixes four rows of the embedding.
+    pub mixes_rows: bool,
 }
 
 /// A shared [`HostTensor`].
@@ -142,6 +168,8 @@ pub trait Backend: Send + Sync + 'static {
     type Ring: Send;
     /// Rows on their way to another device.
     type Parcel: Send;
+    /// A point in the device's time.
+    type Moment: Send;
 
     // ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -205,6 +233,28 @@ pub trait Backend: Send + Sync + 'static {
     /// logits are wanted of one that is not there. Blocks and positions that a cache or a table of angles lacks are
     /// refused by the operation that would use them.
     fn set_batch(&self, tables: &mut Self::Tables, batch: &Batch) -> Result<(), BackendError>;
+
+    // ── running ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    /// The moment at which everything called so far is done.
+    fn moment(&self) -> Result<Self::Moment, BackendError>;
+
+    /// The time between two moments, once both have come.
+    fn elapsed(&self, from: &Self::Moment, to: &Self::Moment) -> Result<Duration, BackendError>;
+
+    /// Waits until everything called so far is done.
+    fn synchronize(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    /// Runs `operations`, or what was recorded when they were run before under the same `key`.
+    ///
+    /// All that the operations are called with, weights and buffers and numbers, must be the same each time; what differs
+    /// from step to step is in tables. They must not read, write, load, stage, embed, sample, send or receive. Buffers
+    /// and weights named by a recording must live as long as it is run.
+    fn replay(&self, _key: u64, operations: &mut dyn FnMut() -> Result<(), BackendError>) -> Result<(), BackendError> {
+        operations()
+    }
 
     // ── decoder ─────────────────────────────────────────────────────────────────────────────────────────────────
 

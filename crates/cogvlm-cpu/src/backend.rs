@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cogvlm_backend::{
     Activation, Arena, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, MemoryUse, PatchGeometry,
@@ -74,9 +75,18 @@ impl Backend for CpuBackend {
     type Tables = CpuTables;
     type Ring = CpuRing;
     type Parcel = CpuParcel;
+    type Moment = Instant;
 
     fn activation_dtype(&self) -> DType {
         self.activations
+    }
+
+    fn moment(&self) -> Result<Instant, BackendError> {
+        Ok(Instant::now())
+    }
+
+    fn elapsed(&self, from: &Instant, to: &Instant) -> Result<Duration, BackendError> {
+        Ok(to.duration_since(*from))
     }
 
     fn memory(&self) -> MemoryUse {

@@ -214,6 +214,15 @@ impl Backend for PlainBackend {
     type Tables = PlainTables;
     type Ring = PlainRing;
     type Parcel = PlainParcel;
+    type Moment = std::time::Instant;
+
+    fn moment(&self) -> Result<Self::Moment, BackendError> {
+        Ok(std::time::Instant::now())
+    }
+
+    fn elapsed(&self, from: &Self::Moment, to: &Self::Moment) -> Result<std::time::Duration, BackendError> {
+        Ok(to.duration_since(*from))
+    }
 
     fn activation_dtype(&self) -> DType {
         self.dtype

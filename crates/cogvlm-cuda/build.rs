@@ -1,0 +1,152 @@
+//! Compiles `kernels/*.cu` with nvcc, each into a fat binary for every architecture that the compiler knows, and lists
+//! them for `include_bytes!`. Without nvcc the list is empty, and the crate answers every request with how to get it.
+//!
+//! `COGVLM_CUDA=off` builds without kernels, `COGVLM_CUDA=require` makes a missing nvcc an error. nvcc is looked for in
+//! `NVCC`, `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda`, and in the Python environments on `PATH` and
+//! `VIRTUAL_ENV` (PyPI's `nvidia-cuda-nvcc`).
+
+use std::env;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Architectures that get machine code of their own. 90a, not 90: `wgmma` needs it.
+const ARCHITECTURES: [&str; 6] = ["80", "86", "89", "90a", "100", "120"];
+/// The architecture whose PTX serves GPUs that come later.
+const PTX_ARCHITECTURE: &str = "80";
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    for name in ["COGVLM_CUDA", "COGVLM_CUDA_ARCHITECTURES", "NVCC", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "PATH"] {
+        println!("cargo::rerun-if-env-changed={name}");
+    }
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels");
+    println!("cargo::rerun-if-changed={}", kernels.display());
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let setting = env::var("COGVLM_CUDA").unwrap_or_default();
+    let list = match (setting.as_str(), find_nvcc()) {
+        ("off", _) => String::new(),
+        ("" | "require", Some(nvcc)) => compile_all(&nvcc, &kernels, &out),
+        ("", None) => {
+            println!(
+                "cargo::warning=no nvcc found: building for the CPU only (see docs/cuda.md; COGVLM_CUDA=require makes \
+                 this an error)"
+            );
+            String::new()
+        }
+        ("require", None) => fail("COGVLM_CUDA=require, but no nvcc was found; docs/cuda.md says how to get one"),
+        (other, _) => fail(&format!("COGVLM_CUDA={other}: it may be `off` or `require`")),
+    };
+    let list = format!("pub(crate) static MODULES: &[(&str, &[u8])] = &[\n{list}];\n");
+    fs::write(out.join("modules.rs"), list).expect("OUT_DIR can be written to");
+}
+
+/// Compiles every kernel that is newer than its fat binary; gives the lines of the list.
+fn compile_all(nvcc: &Path, kernels: &Path, out: &Path) -> String {
+    let mut sources: Vec<PathBuf> = fs::read_dir(kernels)
+        .unwrap_or_else(|error| fail(&format!("{}: {error}", kernels.display())))
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
+        .collect();
+    sources.sort();
+    let flags = flags(nvcc);
+    let includes = newest(&kernels.join("include"));
+    let mut list = String::new();
+    let mut waiting: Vec<(PathBuf, PathBuf)> = Vec::new();
+    for source in &sources {
+        let name = source.file_stem().and_then(|name| name.to_str()).expect("kernels have plain names");
+        let fatbin = out.join(format!("{name}.fatbin"));
+        let stamp = out.join(format!("{name}.flags"));
+        let newest_source = newest(source).max(includes);
+        let is_fresh =
+            fs::metadata(&fatbin).and_then(|data| data.modified()).is_ok_and(|built| Some(built) > newest_source)
+                && fs::read_to_string(&stamp).is_ok_and(|text| text == flags.join(" "));
+        if !is_fresh {
+            waiting.push((source.clone(), fatbin.clone()));
+        }
+        writeln!(list, "    ({name:?}, include_bytes!({:?})),", fatbin.display().to_string()).expect("memory");
+    }
+    let queue = std::sync::Mutex::new(waiting);
+    let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..num_threads {
+            scope.spawn(|| {
+                loop {
+                    let Some((source, fatbin)) = queue.lock().expect("no thread panics with the lock").pop() else {
+                        break;
+                    };
+                    compile(nvcc, &flags, &source, &fatbin);
+                }
+            });
+        }
+    });
+    list
+}
+
+fn compile(nvcc: &Path, flags: &[String], source: &Path, fatbin: &Path) {
+    let output = Command::new(nvcc).args(flags).arg(source).arg("-o").arg(fatbin).output();
+    let output = output.unwrap_or_else(|error| fail(&format!("{}: {error}", nvcc.display())));
+    let log = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    if !output.status.success() {
+        fail(&format!("{} cannot compile {}:\n{log}", nvcc.display(), source.display()));
+    }
+    // What the assembler says of registers and spills: `cargo xtask kernels` reads it.
+    fs::write(fatbin.with_extension("ptxas"), &log).expect("OUT_DIR can be written to");
+    fs::write(fatbin.with_extension("flags"), flags.join(" ")).expect("OUT_DIR can be written to");
+}
+
+/// The flags for the architectures that this compiler knows.
+fn flags(nvcc: &Path) -> Vec<String> {
+    let output = Command::new(nvcc).arg("--list-gpu-code").output();
+    let output = output.unwrap_or_else(|error| fail(&format!("{}: {error}", nvcc.display())));
+    let known = String::from_utf8_lossy(&output.stdout).into_owned();
+    let known: Vec<&str> = known.split_whitespace().collect();
+    let wanted = env::var("COGVLM_CUDA_ARCHITECTURES").unwrap_or_else(|_| ARCHITECTURES.join(","));
+    let mut flags: Vec<String> =
+        ["-fatbin", "-O3", "-std=c++17", "-Xptxas=-v", "--threads=1"].map(str::to_owned).into();
+    for architecture in wanted.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+        // 90a is not listed by older compilers, though they know it where they know 90.
+        if known.contains(&format!("sm_{}", architecture.trim_end_matches('a')).as_str()) {
+            flags.push(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
+        }
+    }
+    flags.push(format!("-gencode=arch=compute_{PTX_ARCHITECTURE},code=compute_{PTX_ARCHITECTURE}"));
+    flags
+}
+
+/// Time of the last change under `path`.
+fn newest(path: &Path) -> Option<std::time::SystemTime> {
+    let own = fs::metadata(path).and_then(|data| data.modified()).ok();
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    entries.map(|entry| newest(&entry.path())).chain([own]).max().flatten()
+}
+
+/// nvcc by its real path: called through a link it looks for its files beside the link.
+fn find_nvcc() -> Option<PathBuf> {
+    let given = env::var_os("NVCC").map(PathBuf::from);
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
+    let homes = homes.map(|home| PathBuf::from(home).join("bin/nvcc"));
+    let paths: Vec<PathBuf> = env::var_os("PATH").map(|paths| env::split_paths(&paths).collect()).unwrap_or_default();
+    let on_path = paths.iter().map(|folder| folder.join("nvcc"));
+    let usual = [PathBuf::from("/usr/local/cuda/bin/nvcc")];
+    let environments = env::var_os("VIRTUAL_ENV").map(PathBuf::from).into_iter();
+    let environments = environments.chain(paths.iter().filter_map(|folder| folder.parent().map(Path::to_owned)));
+    let wheels = environments.flat_map(|environment| {
+        let libraries = fs::read_dir(environment.join("lib")).into_iter().flatten().flatten();
+        let pythons = libraries.map(|entry| entry.path()).filter(|path| {
+            path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("python3"))
+        });
+        pythons.flat_map(|python| ["site-packages", "dist-packages"].map(|folder| python.join(folder)))
+    });
+    let wheels = wheels.map(|packages| packages.join("nvidia/cu13/bin/nvcc"));
+    let candidates = given.into_iter().chain(homes).chain(on_path).chain(usual).chain(wheels);
+    candidates.filter(|path| path.is_file()).find_map(|path| path.canonicalize().ok())
+}
+
+fn fail(message: &str) -> ! {
+    println!("cargo::error={}", message.replace('\n', "%0A"));
+    eprintln!("{message}");
+    std::process::exit(1)
+}

@@ -1,0 +1,108 @@
+//! Buffers, and rows on their way to another device.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use cogvlm_backend::BackendError;
+use cogvlm_backend::shape::{expect, unsupported};
+use cogvlm_core::DType;
+use cudarc::driver::sys::CUdeviceptr;
+
+use crate::device::{Event, Gpu};
+use crate::memory::{DeviceArena, Memory};
+
+/// A row-major array of f32 or bf16 in the memory of a device.
+pub struct CudaBuffer {
+    memory: Memory,
+    pub(crate) dtype: DType,
+    rows: usize,
+    columns: usize,
+}
+
+/// Rows copied out of a buffer, as the bytes they were, still on the device that sends them.
+pub struct CudaParcel {
+    pub(crate) gpu: Arc<Gpu>,
+    pub(crate) allocation: crate::memory::Allocation,
+    /// Comes when the copy is there.
+    pub(crate) ready: Event,
+    pub(crate) dtype: DType,
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+}
+
+/// The number by which kernels know an element type (`ElementType` in kernels/include/common.cuh).
+pub(crate) fn dtype_code(dtype: DType) -> u32 {
+    match dtype {
+        DType::F32 => 0,
+        DType::Bf16 => 1,
+        DType::F16 => 2,
+    }
+}
+
+impl CudaBuffer {
+    /// Takes a zeroed buffer from `arena`.
+    pub(crate) fn take(
+        arena: &DeviceArena, what: &str, dtype: DType, [rows, columns]: [usize; 2],
+    ) -> Result<Self, BackendError> {
+        if dtype == DType::F16 {
+            return Err(unsupported("alloc", format!("{what} cannot be f16: activations are f32 or bf16")));
+        }
+        let num_bytes = rows.checked_mul(columns).and_then(|count| count.checked_mul(dtype.size_bytes()));
+        let num_bytes =
+            num_bytes.ok_or_else(|| unsupported("alloc", format!("{what} of [{rows}, {columns}] is too large")))?;
+        let memory = arena.take(what, num_bytes)?;
+        // SAFETY: the memory was just taken.
+        unsafe { arena.gpu.zero(memory.address, num_bytes) }?;
+        Ok(Self { memory, dtype, rows, columns })
+    }
+
+    pub(crate) fn address(&self) -> CUdeviceptr {
+        self.memory.address
+    }
+
+    /// Address of a row.
+    pub(crate) fn row(&self, row: usize) -> CUdeviceptr {
+        self.memory.address + (row * self.row_bytes()) as CUdeviceptr
+    }
+
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.columns * self.dtype.size_bytes()
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    pub(crate) fn shape(&self) -> [usize; 2] {
+        [self.rows, self.columns]
+    }
+
+    /// Refuses a buffer of another element type.
+    pub(crate) fn expect_dtype(
+        &self, op: &'static str, argument: &'static str, dtype: DType,
+    ) -> Result<(), BackendError> {
+        if self.dtype == dtype {
+            return Ok(());
+        }
+        Err(unsupported(op, format!("`{argument}` holds {}, the operation needs {dtype}", self.dtype)))
+    }
+
+    /// Refuses rows that it does not have.
+    pub(crate) fn expect_span(&self, op: &'static str, rows: &Range<usize>) -> Result<(), BackendError> {
+        let fits = rows.start <= rows.end && rows.end <= self.rows;
+        expect(op, "rows", &[rows.start, rows.end], fits, || format!("a range within {} rows", self.rows))
+    }
+
+    /// Refuses rows `first_row..` of `count` that it does not have.
+    pub(crate) fn expect_room(
+        &self, op: &'static str, argument: &'static str, first_row: usize, count: usize,
+    ) -> Result<(), BackendError> {
+        let room = self.rows.saturating_sub(first_row);
+        let fits = first_row <= self.rows && count <= room;
+        expect(op, argument, &[count], fits, || format!("at most {room} rows from row {first_row}"))
+    }
+}

@@ -1,0 +1,342 @@
+//! One GPU: its context, its stream, its kernels.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Mutex, PoisonError};
+
+use cogvlm_backend::BackendError;
+use cogvlm_core::Device;
+use cudarc::driver::sys::{self as cu, CUcontext, CUdeviceptr, CUevent, CUfunction, CUmodule, CUstream};
+
+use crate::driver::{self, DeviceInfo, check};
+use crate::error::CudaError;
+use crate::kernels;
+
+/// A context with one compute stream. Everything else of this crate borrows or shares it.
+pub(crate) struct Gpu {
+    pub(crate) device: Device,
+    pub(crate) info: DeviceInfo,
+    handle: cu::CUdevice,
+    context: CUcontext,
+    /// Where all operations go.
+    pub(crate) stream: CUstream,
+    /// Where weights are copied beside the operations.
+    pub(crate) copy_stream: CUstream,
+    functions: Mutex<Functions>,
+}
+
+#[derive(Default)]
+struct Functions {
+    modules: HashMap<&'static str, CUmodule>,
+    /// Kernels by name, with the shared memory that they were allowed.
+    kernels: HashMap<&'static str, (CUfunction, u32)>,
+}
+
+// SAFETY: handles of the driver may be used from any thread; each call makes the context current first (`bind`).
+unsafe impl Send for Gpu {}
+// SAFETY: as above; what changes is behind a lock.
+unsafe impl Sync for Gpu {}
+
+/// How a kernel is launched.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Launch {
+    pub(crate) grid: [u32; 3],
+    pub(crate) block: u32,
+    /// Bytes of dynamic shared memory.
+    pub(crate) shared: u32,
+    /// Whether it may start before the kernel before it has ended: it waits by itself (`wait_for_previous`).
+    pub(crate) overlap: bool,
+}
+
+impl Launch {
+    /// A grid of `grid` blocks of `block` threads that waits by itself for what came before.
+    pub(crate) fn blocks(grid: u32, block: u32) -> Self {
+        Self { grid: [grid, 1, 1], block, shared: 0, overlap: true }
+    }
+}
+
+/// The address of an argument, for [`Gpu::launch`].
+pub(crate) fn arg<T>(value: &T) -> *mut c_void {
+    std::ptr::from_ref(value).cast_mut().cast()
+}
+
+impl Gpu {
+    /// Opens GPU `ordinal` for the rank `device`.
+    pub(crate) fn open(device: Device, ordinal: u32) -> Result<Self, BackendError> {
+        let infos = driver::devices().map_err(|error| BackendError::Device {
+            device,
+            reason: format!("{error}{}", error.hint().map(|hint| format!("; {hint}")).unwrap_or_default()),
+        })?;
+        let Some(info) = infos.iter().find(|info| info.ordinal == ordinal).cloned() else {
+            let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_else(|_| "is not set".to_owned());
+            return Err(CudaError::NoDevice { ordinal, count: infos.len() as u32, visible }.on(device));
+        };
+        let failed = |result: cu::CUresult| {
+            check(result).map_err(|reason| {
+                CudaError::Open { ordinal, name: info.name.clone(), reason, code: result as u32 }.on(device)
+            })
+        };
+        let mut handle = 0;
+        // SAFETY: the pointer is to a local variable.
+        failed(unsafe { cu::cuDeviceGet(&raw mut handle, ordinal as i32) })?;
+        let mut context = std::ptr::null_mut();
+        // SAFETY: as above; released on drop.
+        failed(unsafe { cu::cuDevicePrimaryCtxRetain(&raw mut context, handle) })?;
+        let mut gpu = Self {
+            device,
+            info: info.clone(),
+            handle,
+            context,
+            stream: std::ptr::null_mut(),
+            copy_stream: std::ptr::null_mut(),
+            functions: Mutex::default(),
+        };
+        gpu.bind()?;
+        let flags = cu::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: the context is current; both are destroyed on drop.
+        failed(unsafe { cu::cuStreamCreate(&raw mut gpu.stream, flags) })?;
+        // SAFETY: as above.
+        failed(unsafe { cu::cuStreamCreate(&raw mut gpu.copy_stream, flags) })?;
+        Ok(gpu)
+    }
+
+    /// Whether the GPU is of at least this compute capability.
+    pub(crate) fn has(&self, major: u32, minor: u32) -> bool {
+        self.info.compute_capability >= (major, minor)
+    }
+
+    /// Makes the context current on this thread.
+    pub(crate) fn bind(&self) -> Result<(), BackendError> {
+        // SAFETY: the context is retained until drop.
+        self.check(unsafe { cu::cuCtxSetCurrent(self.context) })
+    }
+
+    /// A failed call of the driver as an error that names the device.
+    pub(crate) fn check(&self, result: cu::CUresult) -> Result<(), BackendError> {
+        check(result).map_err(|reason| self.error(reason))
+    }
+
+    /// An error of this device.
+    pub(crate) fn error(&self, reason: impl Into<String>) -> BackendError {
+        BackendError::Device { device: self.device, reason: reason.into() }
+    }
+
+    /// Free and total bytes, as the driver sees them.
+    pub(crate) fn memory_info(&self) -> Result<(u64, u64), BackendError> {
+        self.bind()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the pointers are to local variables.
+        self.check(unsafe { cu::cuMemGetInfo_v2(&raw mut free, &raw mut total) })?;
+        Ok((free as u64, total as u64))
+    }
+
+    /// Launches `kernel` of `kernels/MODULE.cu` on the compute stream. Nothing is launched for an empty grid.
+    ///
+    /// # Safety
+    /// `arguments` are addresses of values of the kernel's parameter types, in order ([`arg`]), and what the kernel
+    /// reads and writes through them lies in memory of this device that stays allocated until the stream is past it.
+    pub(crate) unsafe fn launch(
+        &self, module: &'static str, kernel: &'static str, launch: Launch, arguments: &mut [*mut c_void],
+    ) -> Result<(), BackendError> {
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
+        self.bind()?;
+        let function = self.function(module, kernel, launch.shared)?;
+        let mut overlap = cu::CUlaunchAttribute {
+            id: cu::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: cu::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = cu::CUlaunchConfig {
+            gridDimX: launch.grid[0],
+            gridDimY: launch.grid[1],
+            gridDimZ: launch.grid[2],
+            blockDimX: launch.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: self.stream,
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(launch.overlap && self.has(9, 0)),
+        };
+        // SAFETY: the caller vouches for the arguments; the configuration and its attribute live past the call.
+        let result =
+            unsafe { cu::cuLaunchKernelEx(&raw const config, function, arguments.as_mut_ptr(), std::ptr::null_mut()) };
+        check(result).map_err(|reason| self.error(format!("launching `{kernel}`: {reason}")))
+    }
+
+    /// The kernel, loaded when it is asked for first, allowed `shared` bytes of dynamic shared memory.
+    fn function(&self, module: &'static str, kernel: &'static str, shared: u32) -> Result<CUfunction, BackendError> {
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((function, allowed)) = functions.kernels.get(kernel)
+            && *allowed >= shared
+        {
+            return Ok(*function);
+        }
+        let handle = match functions.modules.get(module) {
+            Some(handle) => *handle,
+            None => {
+                let handle = self.load_module(module)?;
+                functions.modules.insert(module, handle);
+                handle
+            }
+        };
+        let name = CString::new(kernel).map_err(|_| self.error("a kernel's name has a zero in it"))?;
+        let mut function = std::ptr::null_mut();
+        // SAFETY: the module is loaded; the name ends in a zero.
+        let result = unsafe { cu::cuModuleGetFunction(&raw mut function, handle, name.as_ptr()) };
+        check(result).map_err(|reason| self.error(format!("kernel `{kernel}` of `{module}`: {reason}")))?;
+        let attribute = cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the function was just found.
+        let result = unsafe { cu::cuFuncSetAttribute(function, attribute, shared as i32) };
+        check(result).map_err(|reason| {
+            self.error(format!("`{kernel}` with {shared} bytes of shared memory on {}: {reason}", self.info.name))
+        })?;
+        functions.kernels.insert(kernel, (function, shared));
+        Ok(function)
+    }
+
+    fn load_module(&self, module: &'static str) -> Result<CUmodule, BackendError> {
+        let found = kernels::MODULES.iter().find(|(name, _)| *name == module);
+        let (_, image) = found.ok_or_else(|| self.error(format!("this build has no kernels `{module}`")))?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the image is a fat binary that nvcc made, which says itself how long it is.
+        let result = unsafe { cu::cuModuleLoadData(&raw mut handle, image.as_ptr().cast()) };
+        check(result).map_err(|reason| {
+            let (major, minor) = self.info.compute_capability;
+            self.error(format!(
+                "the driver does not take the kernels `{module}` for {} (compute capability {major}.{minor}): {reason}; \
+                 update the driver, or build with its CUDA version",
+                self.info.name
+            ))
+        })?;
+        Ok(handle)
+    }
+
+    /// Waits until the compute stream has done all it was given.
+    pub(crate) fn synchronize(&self) -> Result<(), BackendError> {
+        self.bind()?;
+        // SAFETY: the stream lives as long as this.
+        self.check(unsafe { cu::cuStreamSynchronize(self.stream) })
+    }
+
+    /// Zeroes memory of this device, in the order of the compute stream.
+    ///
+    /// # Safety
+    /// `bytes` from `address` on are allocated on this device.
+    pub(crate) unsafe fn zero(&self, address: CUdeviceptr, bytes: usize) -> Result<(), BackendError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the caller vouches for the range.
+        self.check(unsafe { cu::cuMemsetD8Async(address, 0, bytes, self.stream) })
+    }
+
+    /// Copies within the device, in the order of the compute stream.
+    ///
+    /// # Safety
+    /// Both ranges are allocated on this device and do not overlap.
+    pub(crate) unsafe fn copy(&self, from: CUdeviceptr, to: CUdeviceptr, bytes: usize) -> Result<(), BackendError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the caller vouches for the ranges.
+        self.check(unsafe { cu::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) })
+    }
+
+    /// Copies to the host and waits.
+    pub(crate) fn download(&self, from: CUdeviceptr, to: &mut [u8]) -> Result<(), BackendError> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the destination is borrowed until the wait below; callers give addresses of their own allocations.
+        self.check(unsafe { cu::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), self.stream) })?;
+        self.synchronize()
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        if self.bind().is_err() {
+            return;
+        }
+        let functions = self.functions.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: all of them belong to this, and are used by nobody after it. What fails here fails for the process
+        // as a whole, and was or will be reported by other calls.
+        unsafe {
+            let _ = cu::cuStreamSynchronize(self.stream);
+            for module in functions.modules.values() {
+                let _ = cu::cuModuleUnload(*module);
+            }
+            for stream in [self.copy_stream, self.stream] {
+                if !stream.is_null() {
+                    let _ = cu::cuStreamDestroy_v2(stream);
+                }
+            }
+            let _ = cu::cuDevicePrimaryCtxRelease_v2(self.handle);
+        }
+    }
+}
+
+/// An event of the driver.
+/// A point in the time of a stream.
+pub struct Event {
+    gpu: std::sync::Arc<Gpu>,
+    handle: CUevent,
+}
+
+// SAFETY: events may be used from any thread.
+unsafe impl Send for Event {}
+
+impl Event {
+    /// An event; with `timed` for measuring.
+    pub(crate) fn new(gpu: &std::sync::Arc<Gpu>, timed: bool) -> Result<Self, BackendError> {
+        gpu.bind()?;
+        let flags = if timed { 0 } else { cu::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32 };
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the context is current; destroyed on drop.
+        gpu.check(unsafe { cu::cuEventCreate(&raw mut handle, flags) })?;
+        Ok(Self { gpu: std::sync::Arc::clone(gpu), handle })
+    }
+
+    /// Comes when `stream` is past what it was given so far.
+    pub(crate) fn record(&self, stream: CUstream) -> Result<(), BackendError> {
+        self.gpu.bind()?;
+        // SAFETY: the event is this one's own, the stream its GPU's.
+        self.gpu.check(unsafe { cu::cuEventRecord(self.handle, stream) })
+    }
+
+    /// Lets `stream` wait for the event.
+    pub(crate) fn hold(&self, stream: CUstream) -> Result<(), BackendError> {
+        self.gpu.bind()?;
+        // SAFETY: as above; 0 is the only flag outside of captures.
+        self.gpu.check(unsafe { cu::cuStreamWaitEvent(stream, self.handle, 0) })
+    }
+
+    /// Waits for the event.
+    pub(crate) fn wait(&self) -> Result<(), BackendError> {
+        self.gpu.bind()?;
+        // SAFETY: as above.
+        self.gpu.check(unsafe { cu::cuEventSynchronize(self.handle) })
+    }
+
+    /// Milliseconds from this event to `later`; both were waited for.
+    pub(crate) fn milliseconds_to(&self, later: &Self) -> Result<f32, BackendError> {
+        self.gpu.bind()?;
+        // SAFETY: both events belong to this context.
+        unsafe { driver::event_elapsed_time(self.handle, later.handle) }.map_err(|reason| self.gpu.error(reason))
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.gpu.bind().is_ok() {
+            // SAFETY: the event is this one's own; destroying one that is still awaited is allowed.
+            let _ = unsafe { cu::cuEventDestroy_v2(self.handle) };
+        }
+    }
+}

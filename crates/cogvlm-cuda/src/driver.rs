@@ -1,0 +1,206 @@
+//! The driver's library: found, checked, and called so that every failure is an error.
+//!
+//! cudarc panics where the library or a function of it is missing, so both are looked for first.
+
+use std::ffi::{CStr, c_char};
+use std::sync::OnceLock;
+
+use cudarc::driver::sys::{self as cu, CUresult};
+
+use crate::error::CudaError;
+use crate::kernels;
+
+/// Functions that this crate calls: all of them have to be there before the first call.
+const SYMBOLS: [&str; 44] = [
+    "cuInit",
+    "cuDriverGetVersion",
+    "cuDeviceGetCount",
+    "cuDeviceGet",
+    "cuDeviceGetName",
+    "cuDeviceGetAttribute",
+    "cuDeviceTotalMem_v2",
+    "cuDevicePrimaryCtxRetain",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuCtxSetCurrent",
+    "cuMemGetInfo_v2",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuModuleGetFunction",
+    "cuFuncSetAttribute",
+    "cuLaunchKernelEx",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
+    "cuStreamSynchronize",
+    "cuStreamWaitEvent",
+    "cuStreamBeginCapture_v2",
+    "cuStreamEndCapture",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventRecord",
+    "cuEventQuery",
+    "cuEventSynchronize",
+    "cuEventElapsedTime",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemHostAlloc",
+    "cuMemFreeHost",
+    "cuMemHostRegister_v2",
+    "cuMemHostUnregister",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyDtoDAsync_v2",
+    "cuMemcpyPeerAsync",
+    "cuMemsetD8Async",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphLaunch",
+    "cuGraphExecDestroy",
+    "cuGraphDestroy",
+    "cuGetErrorString",
+];
+
+/// The function of drivers before 12.8 too, which cudarc's bindings for CUDA 13 leave out.
+type EventElapsedTime = unsafe extern "C" fn(*mut f32, cu::CUevent, cu::CUevent) -> CUresult;
+static EVENT_ELAPSED_TIME: OnceLock<EventElapsedTime> = OnceLock::new();
+
+/// Milliseconds between two events.
+///
+/// # Safety
+/// Both belong to the current context.
+pub(crate) unsafe fn event_elapsed_time(from: cu::CUevent, to: cu::CUevent) -> Result<f32, String> {
+    let function = EVENT_ELAPSED_TIME.get().expect("`start` looks it up before there are events");
+    let mut milliseconds = 0.0;
+    // SAFETY: the caller vouches for the events; the pointer is to a local variable.
+    check(unsafe { function(&raw mut milliseconds, from, to) })?;
+    Ok(milliseconds)
+}
+
+/// A GPU, as the driver describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Its CUDA ordinal.
+    pub ordinal: u32,
+    /// Its name.
+    pub name: String,
+    /// Bytes of its memory.
+    pub total_bytes: u64,
+    /// Compute capability, major and minor.
+    pub compute_capability: (u32, u32),
+    /// Multiprocessors.
+    pub num_multiprocessors: u32,
+}
+
+/// What a call of the driver gave.
+pub(crate) fn check(result: CUresult) -> Result<(), String> {
+    if result == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(describe(result)) }
+}
+
+/// The driver's words for a code.
+pub(crate) fn describe(result: CUresult) -> String {
+    let mut text: *const c_char = std::ptr::null();
+    // SAFETY: the function exists (`start` saw to it before any code could come); it stores the address of a constant
+    // string, or null for a code that it does not know.
+    let found = unsafe { cu::cuGetErrorString(result, &raw mut text) };
+    let words = if found == CUresult::CUDA_SUCCESS && !text.is_null() {
+        // SAFETY: the driver's strings end in a zero and live as long as the library.
+        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+    } else {
+        "unknown error".to_owned()
+    };
+    format!("{words} (CUDA error {})", result as u32)
+}
+
+/// Loads and starts the driver, once; later calls give the first one's answer.
+pub(crate) fn start() -> Result<(), &'static CudaError> {
+    static STARTED: OnceLock<Result<(), CudaError>> = OnceLock::new();
+    STARTED.get_or_init(start_once).as_ref().map(|()| ())
+}
+
+fn start_once() -> Result<(), CudaError> {
+    if !kernels::is_built_in() {
+        return Err(CudaError::NotBuiltIn);
+    }
+    // The name that cudarc takes is this one, or one that links to it: here the soname of every driver.
+    const LIBRARY: &str = "libcuda.so.1";
+    // SAFETY: loading the driver's library runs its initialisers, which is what it is for.
+    let library = unsafe { libloading::Library::new(LIBRARY) };
+    let library = library.map_err(|error| CudaError::NoDriver { reason: chain(&error) })?;
+    for symbol in SYMBOLS {
+        // SAFETY: only whether there is such a symbol is asked; it is not called with this type.
+        let found = unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) };
+        if found.is_err() {
+            return Err(CudaError::NotADriver { library: LIBRARY.to_owned(), symbol: symbol.to_owned() });
+        }
+    }
+    // SAFETY: the type is that of the function in every version of the driver.
+    let elapsed = unsafe { library.get::<EventElapsedTime>(b"cuEventElapsedTime") };
+    let elapsed = elapsed.map_err(|error| CudaError::NoDriver { reason: chain(&error) })?;
+    drop(EVENT_ELAPSED_TIME.set(*elapsed));
+    // The handle stays open: cudarc finds the library loaded.
+    std::mem::forget(library);
+    // SAFETY: asks without loading anything else than what was loaded above, or a link to it.
+    if !unsafe { cu::is_culib_present() } {
+        return Err(CudaError::NoDriver { reason: "it is loaded as libcuda.so.1, but not found again".to_owned() });
+    }
+    let mut version = 0;
+    // SAFETY: the pointer is to a local variable.
+    let result = unsafe { cu::cuDriverGetVersion(&raw mut version) };
+    let needed = kernels::CUDA_VERSION;
+    if result == CUresult::CUDA_SUCCESS && version < needed {
+        let text = |version: i32| format!("{}.{}", version / 1000, version % 1000 / 10);
+        return Err(CudaError::DriverTooOld { found: text(version), needed: text(needed) });
+    }
+    // SAFETY: no other call came before; 0 is the only flag there is.
+    let result = unsafe { cu::cuInit(0) };
+    check(result).map_err(|reason| CudaError::Init { reason, code: result as u32 })
+}
+
+/// An error and its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", chain(source)),
+        None => error.to_string(),
+    }
+}
+
+/// All GPUs that the driver shows.
+///
+/// # Errors
+/// Where there is no driver, or it does not start.
+pub fn devices() -> Result<Vec<DeviceInfo>, &'static CudaError> {
+    start()?;
+    let mut count = 0;
+    // SAFETY: the pointer is to a local variable.
+    let result = unsafe { cu::cuDeviceGetCount(&raw mut count) };
+    let count = if result == CUresult::CUDA_SUCCESS { count } else { 0 };
+    Ok((0..count).filter_map(|ordinal| device_info(ordinal as u32)).collect())
+}
+
+fn device_info(ordinal: u32) -> Option<DeviceInfo> {
+    let mut device = 0;
+    // SAFETY: the pointer is to a local variable.
+    check(unsafe { cu::cuDeviceGet(&raw mut device, ordinal as i32) }).ok()?;
+    let mut name = [0 as c_char; 256];
+    // SAFETY: the buffer has the length given; the driver ends what it writes with a zero.
+    check(unsafe { cu::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32, device) }).ok()?;
+    let mut total_bytes = 0;
+    // SAFETY: the pointer is to a local variable.
+    check(unsafe { cu::cuDeviceTotalMem_v2(&raw mut total_bytes, device) }).ok()?;
+    use cu::CUdevice_attribute as A;
+    let attribute = |attribute: A| {
+        let mut value = 0;
+        // SAFETY: the pointer is to a local variable.
+        check(unsafe { cu::cuDeviceGetAttribute(&raw mut value, attribute, device) }).ok().map(|()| value as u32)
+    };
+    // SAFETY: the buffer ends in zeros, whatever was written.
+    let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
+    Some(DeviceInfo {
+        ordinal,
+        name,
+        total_bytes: total_bytes as u64,
+        compute_capability: (
+            attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ),
+        num_multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+    })
+}

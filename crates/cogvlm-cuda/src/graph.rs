@@ -1,0 +1,88 @@
+//! Recorded sequences of launches (CUDA graphs).
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cogvlm_backend::BackendError;
+use cudarc::driver::sys::{self as cu, CUgraph, CUgraphExec};
+
+use crate::device::Gpu;
+
+/// Recordings by key.
+pub(crate) struct Graphs {
+    gpu: Arc<Gpu>,
+    recorded: Mutex<HashMap<u64, Recording>>,
+}
+
+enum Recording {
+    /// Was run once, launch by launch, so that everything is loaded that it needs.
+    Warm,
+    Graph(CUgraphExec),
+}
+
+// SAFETY: handles of the driver may be used from any thread.
+unsafe impl Send for Recording {}
+
+impl Graphs {
+    pub(crate) fn new(gpu: &Arc<Gpu>) -> Self {
+        Self { gpu: Arc::clone(gpu), recorded: Mutex::default() }
+    }
+
+    /// See [`Backend::replay`](cogvlm_backend::Backend::replay): the first run is launch by launch, the second is
+    /// recorded, the others launch what was recorded.
+    pub(crate) fn replay(
+        &self, key: u64, operations: &mut dyn FnMut() -> Result<(), BackendError>,
+    ) -> Result<(), BackendError> {
+        self.gpu.bind()?;
+        let mut recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
+        let graph = match recorded.get(&key) {
+            None => {
+                operations()?;
+                recorded.insert(key, Recording::Warm);
+                return Ok(());
+            }
+            Some(Recording::Warm) => {
+                let graph = self.record(operations)?;
+                recorded.insert(key, Recording::Graph(graph));
+                graph
+            }
+            Some(Recording::Graph(graph)) => *graph,
+        };
+        // SAFETY: the graph is instantiated, and what its launches use lives as long as the caller runs it.
+        self.gpu.check(unsafe { cu::cuGraphLaunch(graph, self.gpu.stream) })
+    }
+
+    fn record(&self, operations: &mut dyn FnMut() -> Result<(), BackendError>) -> Result<CUgraphExec, BackendError> {
+        let gpu = &self.gpu;
+        let mode = cu::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is this GPU's.
+        gpu.check(unsafe { cu::cuStreamBeginCapture_v2(gpu.stream, mode) })?;
+        let outcome = operations();
+        let mut graph: CUgraph = std::ptr::null_mut();
+        // SAFETY: ends what was begun above, whatever came of the operations.
+        let ended = unsafe { cu::cuStreamEndCapture(gpu.stream, &raw mut graph) };
+        outcome?;
+        gpu.check(ended)?;
+        let mut executable: CUgraphExec = std::ptr::null_mut();
+        // SAFETY: the graph was just captured; the executable keeps nothing of it.
+        let instantiated = unsafe { cu::cuGraphInstantiateWithFlags(&raw mut executable, graph, 0) };
+        // SAFETY: as above.
+        gpu.check(unsafe { cu::cuGraphDestroy(graph) })?;
+        gpu.check(instantiated)?;
+        Ok(executable)
+    }
+}
+
+impl Drop for Graphs {
+    fn drop(&mut self) {
+        if self.gpu.synchronize().is_err() {
+            return;
+        }
+        for recording in self.recorded.get_mut().unwrap_or_else(PoisonError::into_inner).values() {
+            if let Recording::Graph(graph) = recording {
+                // SAFETY: nothing runs any more.
+                let _ = unsafe { cu::cuGraphExecDestroy(*graph) };
+            }
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! The operations of the model on NVIDIA GPUs: hand-written kernels behind the [`Backend`](cogvlm_backend::Backend)
+//! trait.
+//!
+//! The only crate that launches anything. The kernels of `kernels/` are compiled by build.rs and embedded; the driver is
+//! loaded at run time, so the same executable runs where there is no GPU. All work of a [`CudaBackend`] goes to one
+//! stream in the order of the calls; nothing waits for the device but what gives values back to the host.
+#![deny(unsafe_op_in_unsafe_fn)]
+
+mod backend;
+mod buffer;
+mod device;
+mod driver;
+mod error;
+mod graph;
+mod host_copy;
+mod kernels;
+mod memory;
+mod ops;
+mod ring;
+mod tables;
+mod tensor_map;
+mod weight;
+
+pub use backend::CudaBackend;
+pub use backend::KernelPath;
+pub use driver::{DeviceInfo, devices};
+pub use error::CudaError;
+pub use kernels::is_built_in;

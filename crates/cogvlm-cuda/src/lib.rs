@@ -16,6 +16,7 @@ mod host_copy;
 mod kernels;
 mod memory;
 mod ops;
+mod product;
 mod ring;
 mod tables;
 mod tensor_map;

@@ -16,6 +16,8 @@ pub struct CudaTables {
     pub(crate) batch: Batch,
     /// Largest block id of the batch, plus one.
     pub(crate) num_blocks_used: usize,
+    /// Largest block id that a row of the batch is written to, plus one.
+    pub(crate) num_slot_blocks: usize,
     /// Largest position id of the batch, plus one.
     pub(crate) num_positions_used: usize,
     allocation: Allocation,
@@ -56,7 +58,15 @@ impl CudaTables {
         let layout = Layout::new(limits);
         let allocation = Allocation::new(gpu, "tables", layout.num_words * 4)?;
         let batch = Batch::default();
-        Ok(Self { limits: *limits, batch, num_blocks_used: 0, num_positions_used: 0, allocation, layout })
+        Ok(Self {
+            limits: *limits,
+            batch,
+            num_blocks_used: 0,
+            num_slot_blocks: 0,
+            num_positions_used: 0,
+            allocation,
+            layout,
+        })
     }
 
     /// Takes `batch` over if it is sound.
@@ -85,6 +95,7 @@ impl CudaTables {
             sequence.blocks[..sequence.context_len.div_ceil(BLOCK_LEN)].iter().map(|block| *block as usize + 1)
         });
         self.num_blocks_used = used_blocks.max().unwrap_or(0);
+        self.num_slot_blocks = slots.iter().max().map_or(0, |slot| slot / BLOCK_LEN + 1);
         self.num_positions_used = batch.position_ids.iter().map(|id| *id as usize + 1).max().unwrap_or(0);
         self.batch = batch.clone();
         Ok(())

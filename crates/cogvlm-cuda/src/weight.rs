@@ -1,14 +1,14 @@
 //! Weights in the memory of a device.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use cogvlm_backend::shape::unsupported;
 use cogvlm_backend::{BackendError, HostWeight};
 use cogvlm_core::DType;
 use cudarc::driver::sys::CUdeviceptr;
 
+use crate::device::Event;
 use crate::memory::Memory;
-use crate::tensor_map::TensorMap;
 
 /// A weight on the device, or one that rests on the host and is only looked up there.
 #[derive(Clone)]
@@ -20,13 +20,15 @@ struct Inner {
     dtype: DType,
     shape: Vec<usize>,
     place: Place,
-    /// Descriptor for copies of tiles of it by TMA, made when asked for first.
-    tensor_map: OnceLock<TensorMap>,
 }
 
 enum Place {
     /// In a piece of the arena of its own.
-    Resident(Memory),
+    Resident {
+        memory: Memory,
+        /// Comes when it is loaded.
+        loaded: Event,
+    },
     /// In a staging slot, which is filled again later.
     Staged {
         address: CUdeviceptr,
@@ -38,8 +40,9 @@ enum Place {
 }
 
 impl CudaWeight {
-    pub(crate) fn resident(dtype: DType, shape: Vec<usize>, memory: Memory) -> Self {
-        Self::new(dtype, shape, Place::Resident(memory))
+    /// A weight that `memory` holds once `loaded` has come.
+    pub(crate) fn resident(dtype: DType, shape: Vec<usize>, memory: Memory, loaded: Event) -> Self {
+        Self::new(dtype, shape, Place::Resident { memory, loaded })
     }
 
     pub(crate) fn staged(dtype: DType, shape: Vec<usize>, address: CUdeviceptr, slot: &Arc<Memory>) -> Self {
@@ -51,7 +54,7 @@ impl CudaWeight {
     }
 
     fn new(dtype: DType, shape: Vec<usize>, place: Place) -> Self {
-        Self { inner: Arc::new(Inner { dtype, shape, place, tensor_map: OnceLock::new() }) }
+        Self { inner: Arc::new(Inner { dtype, shape, place }) }
     }
 
     pub(crate) fn dtype(&self) -> DType {
@@ -69,7 +72,7 @@ impl CudaWeight {
     /// Its address on the device; an error where it rests on the host.
     pub(crate) fn address(&self, op: &'static str, argument: &'static str) -> Result<CUdeviceptr, BackendError> {
         match &self.inner.place {
-            Place::Resident(memory) => Ok(memory.address),
+            Place::Resident { memory, .. } => Ok(memory.address),
             Place::Staged { address, .. } => Ok(*address),
             Place::Attached(host) => Err(unsupported(
                 op,
@@ -80,7 +83,15 @@ impl CudaWeight {
 
     /// Whether it never changes while the backend runs, so that a kernel may read it before the kernel before it ended.
     pub(crate) fn is_stable(&self) -> bool {
-        matches!(self.inner.place, Place::Resident(_))
+        matches!(self.inner.place, Place::Resident { .. })
+    }
+
+    /// Its memory, and the event that comes when it is loaded; `None` where it rests elsewhere.
+    pub(crate) fn loaded(&self) -> Option<(&Memory, &Event)> {
+        match &self.inner.place {
+            Place::Resident { memory, loaded } => Some((memory, loaded)),
+            _ => None,
+        }
     }
 
     /// Where it rests, if on the host.
@@ -89,9 +100,5 @@ impl CudaWeight {
             Place::Attached(host) => Some(host),
             _ => None,
         }
-    }
-
-    pub(crate) fn tensor_map(&self) -> &OnceLock<TensorMap> {
-        &self.inner.tensor_map
     }
 }

@@ -1,23 +1,22 @@
-//! Unwritten.
+//! `residual += x Wᵀ`
 
-#![allow(unused_imports)]
-use std::ops::Range;
-
-use cogvlm_backend::shape::unsupported;
-use cogvlm_backend::{
-    Activation, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, PatchGeometry, PatchWeights, RopeMode,
-    SampleRequest,
-};
+use cogvlm_backend::shape::expect_ranges;
+use cogvlm_backend::{BackendError, ExpertWeights};
 use cogvlm_core::tokens::ExpertRange;
 
 use crate::backend::CudaBackend;
-use crate::buffer::{CudaBuffer, CudaParcel};
-use crate::tables::CudaTables;
+use crate::buffer::CudaBuffer;
+use crate::product::{Finish, Product, ProductWeights};
 use crate::weight::CudaWeight;
 
 pub(crate) fn linear_residual(
-    _cuda: &CudaBackend, _x: &CudaBuffer, _weights: ExpertWeights<'_, CudaWeight>, _ranges: &[ExpertRange],
-    _residual: &mut CudaBuffer,
+    cuda: &CudaBackend, x: &CudaBuffer, weights: ExpertWeights<'_, CudaWeight>, ranges: &[ExpertRange],
+    residual: &mut CudaBuffer,
 ) -> Result<(), BackendError> {
-    Err(unsupported("linear_residual", "unwritten"))
+    const OP: &str = "linear_residual";
+    expect_ranges(OP, ranges, x.rows().min(residual.rows()))?;
+    x.expect_dtype(OP, "x", cuda.activations)?;
+    residual.expect_dtype(OP, "residual", cuda.activations)?;
+    let weights = ProductWeights { first: weights, second: None };
+    Product::new(OP, Finish::Residual, x, &weights, ranges, residual.columns())?.into_buffer(residual).run(cuda)
 }

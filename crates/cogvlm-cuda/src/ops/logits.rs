@@ -1,22 +1,26 @@
-//! Unwritten.
+//! `logits = x Wᵀ`, rounded, in f32
 
-#![allow(unused_imports)]
-use std::ops::Range;
-
-use cogvlm_backend::shape::unsupported;
-use cogvlm_backend::{
-    Activation, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, PatchGeometry, PatchWeights, RopeMode,
-    SampleRequest,
-};
+use cogvlm_backend::shape::{expect_rows, expect_shape};
+use cogvlm_backend::{BackendError, ExpertWeights};
 use cogvlm_core::tokens::ExpertRange;
+use cogvlm_core::{DType, Expert};
 
 use crate::backend::CudaBackend;
-use crate::buffer::{CudaBuffer, CudaParcel};
-use crate::tables::CudaTables;
+use crate::buffer::CudaBuffer;
+use crate::product::{Finish, Product, ProductWeights};
 use crate::weight::CudaWeight;
 
 pub(crate) fn logits(
-    _cuda: &CudaBackend, _x: &CudaBuffer, _weight: &CudaWeight, _rows: usize, _logits: &mut CudaBuffer,
+    cuda: &CudaBackend, x: &CudaBuffer, weight: &CudaWeight, rows: usize, logits: &mut CudaBuffer,
 ) -> Result<(), BackendError> {
-    Err(unsupported("logits", "unwritten"))
+    const OP: &str = "logits";
+    let (depth, width) = (x.columns(), logits.columns());
+    expect_rows(OP, "x", x.shape(), [rows, depth])?;
+    expect_rows(OP, "logits", logits.shape(), [rows, width])?;
+    expect_shape(OP, "weight", weight.shape(), &[width, depth])?;
+    x.expect_dtype(OP, "x", cuda.activations)?;
+    logits.expect_dtype(OP, "logits", DType::F32)?;
+    let weights = ProductWeights { first: ExpertWeights { language: Some(weight), vision: None }, second: None };
+    let ranges = [ExpertRange { rows: 0..rows, expert: Expert::Language }];
+    Product::new(OP, Finish::Logits, x, &weights, &ranges, width)?.into_buffer(logits).run(cuda)
 }

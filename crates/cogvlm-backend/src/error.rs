@@ -56,6 +56,16 @@ pub enum BackendError {
     /// A weight could not be read from the host.
     #[error(transparent)]
     Host(#[from] HostReadError),
+    /// The device cannot be used at all.
+    #[error("{reason}")]
+    Open {
+        /// The device.
+        device: Device,
+        /// Why, with the device's name.
+        reason: String,
+        /// What to do about it.
+        hint: Option<&'static str>,
+    },
     /// The device or its driver failed.
     #[error("device {device}: {reason}")]
     Device {
@@ -64,4 +74,14 @@ pub enum BackendError {
         /// What it said.
         reason: String,
     },
+}
+
+impl BackendError {
+    /// What to do, where that is known.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Open { hint, .. } => *hint,
+            _ => None,
+        }
+    }
 }

@@ -8,6 +8,7 @@ use cogvlm_core::DType;
 use crate::element::Element;
 use crate::memory::Memory;
 use crate::shape::{expect, unsupported};
+use crate::weight::widen;
 
 /// A row-major array of f32 or bf16.
 pub struct CpuBuffer {
@@ -23,6 +24,15 @@ pub struct CpuParcel {
     dtype: DType,
     rows: usize,
     columns: usize,
+}
+
+impl CpuParcel {
+    /// The rows as f32: for a device of another kind.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.rows * self.columns];
+        widen(self.dtype, &self.bytes, &mut values);
+        values
+    }
 }
 
 impl CpuBuffer {

@@ -73,8 +73,14 @@ impl CudaBackend {
             let name = gpu.info.name.clone();
             return Err(crate::CudaError::TooLittleMemory { ordinal, name, free, needed }.on(device));
         }
-        let arena = DeviceArena::new(&gpu, capacity_bytes)?;
-        let scratch = Allocation::new(&gpu, "scratch memory", SCRATCH_BYTES)?;
+        let refused = |error: BackendError| match error {
+            BackendError::Device { reason, .. } => {
+                crate::CudaError::Allocation { ordinal, name: gpu.info.name.clone(), reason }.on(device)
+            }
+            other => other,
+        };
+        let arena = DeviceArena::new(&gpu, capacity_bytes).map_err(refused)?;
+        let scratch = Allocation::new(&gpu, "scratch memory", SCRATCH_BYTES).map_err(refused)?;
         // SAFETY: the allocation has this length.
         unsafe { gpu.zero(scratch.address, SCRATCH_BYTES) }?;
         // Hopper's kernels are made for exactly 9.0: `wgmma` is in no other architecture.

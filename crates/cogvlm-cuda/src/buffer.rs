@@ -7,6 +7,7 @@ use cogvlm_backend::BackendError;
 use cogvlm_backend::shape::{expect, unsupported};
 use cogvlm_core::DType;
 use cudarc::driver::sys::CUdeviceptr;
+use half::bf16;
 
 use crate::device::{Event, Gpu};
 use crate::memory::{DeviceArena, Memory};
@@ -36,6 +37,23 @@ pub(crate) fn dtype_code(dtype: DType) -> u32 {
         DType::F32 => 0,
         DType::Bf16 => 1,
         DType::F16 => 2,
+    }
+}
+
+impl CudaParcel {
+    /// The rows as f32, brought to the host: for a device of another kind.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn to_f32(&self) -> Result<Vec<f32>, BackendError> {
+        let mut bytes = vec![0; self.rows * self.columns * self.dtype.size_bytes()];
+        self.ready.wait()?;
+        self.gpu.download(self.allocation.address, &mut bytes)?;
+        Ok(match self.dtype {
+            DType::F32 => bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
+            // Buffers hold nothing else.
+            _ => bytes.as_chunks().0.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32()).collect(),
+        })
     }
 }
 

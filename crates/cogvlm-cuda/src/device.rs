@@ -6,9 +6,9 @@ use std::sync::{Mutex, PoisonError};
 
 use cogvlm_backend::BackendError;
 use cogvlm_core::Device;
-use cudarc::driver::sys::{self as cu, CUcontext, CUdeviceptr, CUevent, CUfunction, CUmodule, CUstream};
+use cudarc::driver::sys::{self as cu, CUdeviceptr, CUevent, CUfunction, CUmodule, CUstream};
 
-use crate::driver::{self, DeviceInfo, check};
+use crate::driver::{self, Context, DeviceInfo, check};
 use crate::error::CudaError;
 use crate::kernels;
 
@@ -16,13 +16,12 @@ use crate::kernels;
 pub(crate) struct Gpu {
     pub(crate) device: Device,
     pub(crate) info: DeviceInfo,
-    handle: cu::CUdevice,
-    context: CUcontext,
     /// Where all operations go.
     pub(crate) stream: CUstream,
     /// Where weights are copied beside the operations.
     pub(crate) copy_stream: CUstream,
     functions: Mutex<Functions>,
+    context: Context,
 }
 
 #[derive(Default)]
@@ -63,33 +62,20 @@ pub(crate) fn arg<T>(value: &T) -> *mut c_void {
 impl Gpu {
     /// Opens GPU `ordinal` for the rank `device`.
     pub(crate) fn open(device: Device, ordinal: u32) -> Result<Self, BackendError> {
-        let infos = driver::devices().map_err(|error| BackendError::Device {
-            device,
-            reason: format!("{error}{}", error.hint().map(|hint| format!("; {hint}")).unwrap_or_default()),
-        })?;
-        let Some(info) = infos.iter().find(|info| info.ordinal == ordinal).cloned() else {
-            let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_else(|_| "is not set".to_owned());
-            return Err(CudaError::NoDevice { ordinal, count: infos.len() as u32, visible }.on(device));
-        };
+        let context = Context::open(ordinal).map_err(|error| error.on(device))?;
+        let info = context.info().clone();
         let failed = |result: cu::CUresult| {
             check(result).map_err(|reason| {
                 CudaError::Open { ordinal, name: info.name.clone(), reason, code: result as u32 }.on(device)
             })
         };
-        let mut handle = 0;
-        // SAFETY: the pointer is to a local variable.
-        failed(unsafe { cu::cuDeviceGet(&raw mut handle, ordinal as i32) })?;
-        let mut context = std::ptr::null_mut();
-        // SAFETY: as above; released on drop.
-        failed(unsafe { cu::cuDevicePrimaryCtxRetain(&raw mut context, handle) })?;
         let mut gpu = Self {
             device,
             info: info.clone(),
-            handle,
-            context,
             stream: std::ptr::null_mut(),
             copy_stream: std::ptr::null_mut(),
             functions: Mutex::default(),
+            context,
         };
         gpu.bind()?;
         let flags = cu::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
@@ -108,7 +94,7 @@ impl Gpu {
     /// Makes the context current on this thread.
     pub(crate) fn bind(&self) -> Result<(), BackendError> {
         // SAFETY: the context is retained until drop.
-        self.check(unsafe { cu::cuCtxSetCurrent(self.context) })
+        self.check(unsafe { cu::cuCtxSetCurrent(self.context.handle) })
     }
 
     /// A failed call of the driver as an error that names the device.
@@ -277,12 +263,10 @@ impl Drop for Gpu {
                     let _ = cu::cuStreamDestroy_v2(stream);
                 }
             }
-            let _ = cu::cuDevicePrimaryCtxRelease_v2(self.handle);
         }
     }
 }
 
-/// An event of the driver.
 /// A point in the time of a stream.
 pub struct Event {
     gpu: std::sync::Arc<Gpu>,

@@ -134,7 +134,8 @@ fn start_once() -> Result<(), CudaError> {
     // SAFETY: the type is that of the function in every version of the driver.
     let elapsed = unsafe { library.get::<EventElapsedTime>(b"cuEventElapsedTime") };
     let elapsed = elapsed.map_err(|error| CudaError::NoDriver { reason: chain(&error) })?;
-    drop(EVENT_ELAPSED_TIME.set(*elapsed));
+    // This runs once: nothing was set before.
+    let _ = EVENT_ELAPSED_TIME.set(*elapsed);
     // The handle stays open: cudarc finds the library loaded.
     std::mem::forget(library);
     // SAFETY: asks without loading anything else than what was loaded above, or a link to it.
@@ -173,6 +174,105 @@ pub fn devices() -> Result<Vec<DeviceInfo>, &'static CudaError> {
     let result = unsafe { cu::cuDeviceGetCount(&raw mut count) };
     let count = if result == CUresult::CUDA_SUCCESS { count } else { 0 };
     Ok((0..count).filter_map(|ordinal| device_info(ordinal as u32)).collect())
+}
+
+/// [`devices`], of which there is at least one.
+///
+/// # Errors
+/// Where there is no driver, it does not start, or it shows no device.
+pub fn usable_devices() -> Result<Vec<DeviceInfo>, CudaError> {
+    let found = devices().map_err(Clone::clone)?;
+    if found.is_empty() { Err(CudaError::NoDevices { visible: visible_devices() }) } else { Ok(found) }
+}
+
+/// The CUDA version that the driver supports, major and minor.
+///
+/// # Errors
+/// Where there is no driver, or it does not start.
+pub fn driver_version() -> Result<(u32, u32), &'static CudaError> {
+    start()?;
+    let mut version = 0;
+    // SAFETY: the pointer is to a local variable. Where this fails the version is 0.0.
+    let _ = unsafe { cu::cuDriverGetVersion(&raw mut version) };
+    Ok((version as u32 / 1000, version as u32 % 1000 / 10))
+}
+
+/// How the variable stands that hides devices.
+fn visible_devices() -> String {
+    match std::env::var_os("CUDA_VISIBLE_DEVICES") {
+        Some(value) => format!("CUDA_VISIBLE_DEVICES is `{}`", value.display()),
+        None => "CUDA_VISIBLE_DEVICES is not set".to_owned(),
+    }
+}
+
+/// A GPU's context, open as long as this lives. All in one process share one, so opening the GPU again is quick.
+pub struct Context {
+    info: DeviceInfo,
+    device: cu::CUdevice,
+    pub(crate) handle: cu::CUcontext,
+}
+
+// SAFETY: handles of the driver may be used from any thread.
+unsafe impl Send for Context {}
+// SAFETY: as above; nothing here changes.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// Opens GPU `ordinal`. The driver takes some hundred MiB of it.
+    ///
+    /// # Errors
+    /// Where there is no driver or no such device, or where others have it for themselves.
+    pub fn open(ordinal: u32) -> Result<Self, CudaError> {
+        let infos = devices().map_err(Clone::clone)?;
+        let Some(info) = infos.iter().find(|info| info.ordinal == ordinal).cloned() else {
+            return Err(CudaError::NoDevice { ordinal, count: infos.len(), visible: visible_devices() });
+        };
+        let failed = |result: CUresult| {
+            check(result).map_err(|reason| CudaError::Open {
+                ordinal,
+                name: info.name.clone(),
+                reason,
+                code: result as u32,
+            })
+        };
+        let mut device = 0;
+        // SAFETY: the pointer is to a local variable.
+        failed(unsafe { cu::cuDeviceGet(&raw mut device, ordinal as i32) })?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: as above; released on drop.
+        failed(unsafe { cu::cuDevicePrimaryCtxRetain(&raw mut handle, device) })?;
+        Ok(Self { info, device, handle })
+    }
+
+    /// The GPU.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// Free and total bytes, as the driver sees them now.
+    ///
+    /// # Errors
+    /// Where the driver fails.
+    pub fn memory(&self) -> Result<(u64, u64), CudaError> {
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the context is retained until drop; the pointers are to local variables.
+        let result = unsafe {
+            match cu::cuCtxSetCurrent(self.handle) {
+                CUresult::CUDA_SUCCESS => cu::cuMemGetInfo_v2(&raw mut free, &raw mut total),
+                failed => failed,
+            }
+        };
+        let DeviceInfo { ordinal, name, .. } = self.info.clone();
+        check(result).map_err(|reason| CudaError::Open { ordinal, name, reason, code: result as u32 })?;
+        Ok((free as u64, total as u64))
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: retained by `open`. What fails here fails for the process as a whole.
+        let _ = unsafe { cu::cuDevicePrimaryCtxRelease_v2(self.device) };
+    }
 }
 
 fn device_info(ordinal: u32) -> Option<DeviceInfo> {

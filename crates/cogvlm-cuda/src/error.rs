@@ -4,7 +4,7 @@ use cogvlm_backend::BackendError;
 use cogvlm_core::Device;
 
 /// Why CUDA cannot be used at all, or a device cannot be opened.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum CudaError {
     /// The executable holds no kernels.
     #[error("this build has no CUDA kernels, since no nvcc was found when it was made")]
@@ -39,14 +39,20 @@ pub enum CudaError {
         /// Its code.
         code: u32,
     },
+    /// There is no device.
+    #[error("the NVIDIA driver shows no GPU ({visible})")]
+    NoDevices {
+        /// How CUDA_VISIBLE_DEVICES is set.
+        visible: String,
+    },
     /// There is no such device.
-    #[error("there is no GPU {ordinal}: the driver shows {count} (CUDA_VISIBLE_DEVICES {visible})")]
+    #[error("there is no GPU {ordinal}: the NVIDIA driver shows {count} ({visible})")]
     NoDevice {
         /// The number asked for.
         ordinal: u32,
         /// Devices that there are.
-        count: u32,
-        /// The variable, as it is set.
+        count: usize,
+        /// How CUDA_VISIBLE_DEVICES is set.
         visible: String,
     },
     /// The device cannot be opened.
@@ -76,6 +82,31 @@ pub enum CudaError {
         /// Bytes that the plan needs, arena and reserve.
         needed: u64,
     },
+    /// The plan exceeds the device's memory.
+    #[error(
+        "GPU {ordinal} ({name}) has {} in all, but the plan needs {} on it",
+        cogvlm_core::memory::format_bytes(*total), cogvlm_core::memory::format_bytes(*needed)
+    )]
+    TooSmall {
+        /// The device.
+        ordinal: u32,
+        /// Its name.
+        name: String,
+        /// Bytes that it has.
+        total: u64,
+        /// Bytes that the plan needs, arena and reserve.
+        needed: u64,
+    },
+    /// The driver does not give the memory that the plan needs, though there seemed to be enough.
+    #[error("GPU {ordinal} ({name}) does not give the plan its memory: {reason}")]
+    Allocation {
+        /// The device.
+        ordinal: u32,
+        /// Its name.
+        name: String,
+        /// What was to be allocated, and what the driver said.
+        reason: String,
+    },
 }
 
 impl CudaError {
@@ -93,7 +124,9 @@ impl CudaError {
             Self::DriverTooOld { .. } => {
                 "update the driver, or build with an older nvcc (docs/cuda.md names the driver for each)"
             }
-            Self::Init { code: 100, .. } => "no GPU is visible: see `nvidia-smi` and CUDA_VISIBLE_DEVICES",
+            Self::Init { code: 100, .. } | Self::NoDevices { .. } => {
+                "no GPU is visible: see `nvidia-smi` and CUDA_VISIBLE_DEVICES"
+            }
             Self::Init { code: 34, .. } => "CUDA's stub library stands before the driver's in LD_LIBRARY_PATH",
             Self::Init { code: 803, .. } => {
                 "library and kernel module of the driver differ in version: finish the driver's update (reboot, or reload \
@@ -105,18 +138,15 @@ impl CudaError {
                 "another process holds it in exclusive mode: see `nvidia-smi`, or use another GPU"
             }
             Self::Open { .. } => "see `nvidia-smi` for what else uses it",
-            Self::TooLittleMemory { .. } => {
+            Self::TooSmall { .. } => "give it a smaller budget with `--max-memory`, and others the rest",
+            Self::TooLittleMemory { .. } | Self::Allocation { .. } => {
                 "end what else uses the GPU (see `nvidia-smi`), or give it a smaller budget with `--max-memory`"
             }
         })
     }
 
     /// As an error of the device.
-    pub(crate) fn on(self, device: Device) -> BackendError {
-        let reason = match self.hint() {
-            Some(hint) => format!("{self}; {hint}"),
-            None => self.to_string(),
-        };
-        BackendError::Device { device, reason }
+    pub(crate) fn on(&self, device: Device) -> BackendError {
+        BackendError::Open { device, reason: self.to_string(), hint: self.hint() }
     }
 }

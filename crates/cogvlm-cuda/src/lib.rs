@@ -24,6 +24,6 @@ mod weight;
 
 pub use backend::CudaBackend;
 pub use backend::KernelPath;
-pub use driver::{DeviceInfo, devices};
+pub use driver::{Context, DeviceInfo, devices, driver_version, usable_devices};
 pub use error::CudaError;
 pub use kernels::is_built_in;

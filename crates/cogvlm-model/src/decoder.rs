@@ -65,9 +65,8 @@ impl<B: Backend> Rank<B> {
         self.weights.give_back_pair(&backend, down)
     }
 
-    /// Final norm, logits of the rows that the step wants, and the tokens chosen from them.
-    pub(crate) fn head(&mut self, step: &Step, output: &mut StageOutput<B::Parcel>) -> Result<(), BackendError> {
-        let rows = step.batch.logit_rows.len();
+    /// Final norm, and the logits of the rows that the step wants.
+    pub(crate) fn head(&mut self, step: &Step) -> Result<(), BackendError> {
         let backend = self.backend.clone();
         let norms = self.weights.take(&backend, (Unit::Head, WeightGroup::Norms))?;
         let [hidden, head_input, logits] =
@@ -76,16 +75,22 @@ impl<B: Backend> Rank<B> {
         backend.rms_norm_logit_rows(hidden, norm, self.spec.rms_norm_eps, &self.tables, head_input)?;
         let taken = self.weights.take(&backend, (Unit::Head, WeightGroup::Whole))?;
         let [weight] = taken.exactly();
-        backend.logits(head_input, weight, rows, logits)?;
-        self.weights.give_back(&backend, taken)?;
+        backend.logits(head_input, weight, step.batch.logit_rows.len(), logits)?;
+        self.weights.give_back(&backend, taken)
+    }
+
+    /// The tokens chosen from the logits, and the logits themselves where the step wants them.
+    pub(crate) fn choose(&mut self, step: &Step, output: &mut StageOutput<B>) -> Result<(), BackendError> {
+        let [logits] = self.workspace.buffers([BufferKind::Logits]);
         let requests: Vec<SampleRequest<'_>> = step
             .samples
             .iter()
             .map(|spec| SampleRequest { params: &spec.params, seen: &spec.seen, index: spec.index })
             .collect();
-        output.tokens = backend.sample(logits, &requests)?;
+        output.tokens = self.backend.sample(logits, &requests)?;
         if step.want_logits {
-            output.logits = (0..rows).map(|row| backend.read(logits, row..row + 1)).collect::<Result<_, _>>()?;
+            let rows = 0..step.batch.logit_rows.len();
+            output.logits = rows.map(|row| self.backend.read(logits, row..row + 1)).collect::<Result<_, _>>()?;
         }
         Ok(())
     }

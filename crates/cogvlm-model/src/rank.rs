@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use cogvlm_backend::{Backend, BackendError, RopeMode, rope};
 use cogvlm_core::workspace::{BLOCK_LEN, BufferKind, StepLimits, workspace_buffers};
@@ -33,6 +32,10 @@ pub struct RankSpec {
     /// Arithmetic of RoPE's angles.
     pub rope_mode: RopeMode,
 }
+
+/// Most rows of a step whose operations are recorded. With more of them the operations take longer than their launches,
+/// and every number of rows is a recording of its own.
+const MAX_RECORDED_ROWS: usize = 16;
 
 /// One device's share of the model.
 pub struct Rank<B: Backend> {
@@ -92,41 +95,67 @@ impl<B: Backend> Rank<B> {
     /// Where the device fails, or a weight cannot be read any more. The rank can be used again afterwards.
     pub fn run_stage(
         &mut self, units: &[Unit], step: &Step, input: Option<Crossing<B::Parcel>>,
-    ) -> Result<StageOutput<B::Parcel>, BackendError> {
+    ) -> Result<StageOutput<B>, BackendError> {
         let units: Vec<Unit> =
             units.iter().copied().filter(|unit| !unit.is_vision() || !step.images.is_empty()).collect();
+        let (vision, language) = units.split_at(units.partition_point(|unit| unit.is_vision()));
+        let (embedding, decoder) = language.split_at(usize::from(language.first() == Some(&Unit::Embedding)));
+        let mut output =
+            StageOutput { crossing: None, tokens: Vec::new(), logits: Vec::new(), captured: Vec::new(), vision: None };
         self.weights.begin(&self.backend, units.iter().flat_map(|unit| groups_in_order_of_use(*unit, step)))?;
         self.backend.set_batch(&mut self.tables, &step.batch)?;
         self.receive(input)?;
-        let mut output = StageOutput {
-            crossing: None,
-            tokens: Vec::new(),
-            logits: Vec::new(),
-            captured: Vec::new(),
-            vision_time: Duration::ZERO,
-        };
-        for unit in &units {
-            let start = Instant::now();
+        if !vision.is_empty() {
+            let begin = self.backend.moment()?;
+            self.run_units(vision, step, &mut output.captured)?;
+            output.vision = Some([begin, self.backend.moment()?]);
+        }
+        self.run_units(embedding, step, &mut output.captured)?;
+        match self.recording(decoder, step) {
+            Some(key) => {
+                let backend = Arc::clone(&self.backend);
+                backend.replay(key, &mut || self.run_units(decoder, step, &mut output.captured))?;
+            }
+            None => self.run_units(decoder, step, &mut output.captured)?,
+        }
+        match units.last() {
+            None => {}
+            Some(Unit::Head) => self.choose(step, &mut output)?,
+            Some(last) => output.crossing = Some(self.send(*last, step)?),
+        }
+        Ok(output)
+    }
+
+    fn run_units(&mut self, units: &[Unit], step: &Step, captured: &mut Vec<Captured>) -> Result<(), BackendError> {
+        for unit in units {
             match *unit {
                 Unit::PatchEmbedding => self.patch_embedding(step)?,
                 Unit::VitLayer(layer) => self.vit_layer(layer, step)?,
                 Unit::Adapter => self.adapter(step)?,
                 Unit::Embedding => self.embedding(step)?,
                 Unit::DecoderLayer(layer) => self.decoder_layer(layer, step)?,
-                Unit::Head => self.head(step, &mut output)?,
-            }
-            if unit.is_vision() {
-                output.vision_time += start.elapsed();
+                Unit::Head => self.head(step)?,
             }
             if step.capture {
-                output.captured.push(self.capture(*unit, step)?);
+                captured.push(self.capture(*unit, step)?);
             }
         }
-        output.crossing = match units.last() {
-            None | Some(Unit::Head) => None,
-            Some(last) => Some(self.send(*last, step)?),
+        Ok(())
+    }
+
+    /// The name under which `decoder`, layers and head of one stage, is recorded in steps like this one. `None` where
+    /// such steps differ in more than tables say, or weights are copied between the operations.
+    fn recording(&self, decoder: &[Unit], step: &Step) -> Option<u64> {
+        let rows = step.batch.num_rows();
+        let mut groups = decoder.iter().flat_map(|unit| groups_in_order_of_use(*unit, step));
+        let can_be_recorded =
+            step.is_plain_decode() && rows <= MAX_RECORDED_ROWS && groups.all(|key| self.weights.is_resident(key));
+        // The first unit tells the stages of a rank apart.
+        let first = match decoder.first()? {
+            Unit::DecoderLayer(layer) => *layer,
+            _ => self.spec.num_layers,
         };
-        Ok(output)
+        can_be_recorded.then_some((first * (MAX_RECORDED_ROWS + 1) + rows) as u64)
     }
 
     fn receive(&mut self, input: Option<Crossing<B::Parcel>>) -> Result<(), BackendError> {

@@ -1,9 +1,8 @@
 //! One turn of the engine, as every stage sees it.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use cogvlm_backend::{Batch, SamplingParams};
+use cogvlm_backend::{Backend, Batch, SamplingParams};
 use cogvlm_core::Expert;
 
 /// What one step computes. Shared by all stages.
@@ -63,22 +62,34 @@ pub enum Crossing<P> {
 }
 
 /// What a stage gives when it is done.
-pub struct StageOutput<P> {
+pub struct StageOutput<B: Backend> {
     /// For the next stage; `None` after the head.
-    pub crossing: Option<Crossing<P>>,
+    pub crossing: Option<Crossing<B::Parcel>>,
     /// After the head: the chosen tokens, in the order of `batch.logit_rows`.
     pub tokens: Vec<u32>,
     /// After the head, where the step wants them: logits of each of these rows.
     pub logits: Vec<Vec<f32>>,
     /// Hidden states, where the step wants them.
     pub captured: Vec<Captured>,
-    /// Time spent in vision units.
-    pub vision_time: Duration,
+    /// When the first vision unit began and when the last one ended, where there were any. Asking for the time between
+    /// them waits for the second.
+    pub vision: Option<[B::Moment; 2]>,
 }
 
 impl Step {
     /// Whether any row is processed by `expert`.
     pub fn uses(&self, expert: Expert) -> bool {
         self.batch.expert_ranges.iter().any(|range| range.expert == expert)
+    }
+
+    /// Whether it computes the next token of every sequence and nothing else: then steps of as many rows differ in
+    /// nothing but what tables say.
+    pub(crate) fn is_plain_decode(&self) -> bool {
+        let Batch { sequences, logit_rows, expert_ranges, .. } = &self.batch;
+        self.images.is_empty()
+            && !self.capture
+            && sequences.iter().all(|sequence| sequence.rows.len() == 1)
+            && logit_rows.len() == self.batch.num_rows()
+            && matches!(&expert_ranges[..], [range] if range.expert == Expert::Language)
     }
 }

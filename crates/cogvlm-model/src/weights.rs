@@ -102,6 +102,11 @@ impl<B: Backend> Weights<B> {
         Ok(Self { groups, ring })
     }
 
+    /// Whether a group is used where it is, and not streamed.
+    pub(crate) fn is_resident(&self, key: GroupKey) -> bool {
+        matches!(self.groups.get(&key), Some(GroupSource::Resident(_)))
+    }
+
     /// Begins a stage that will use `keys` in this order: the first streamed ones are copied from now on.
     pub(crate) fn begin(&mut self, backend: &B, keys: impl Iterator<Item = GroupKey>) -> Result<(), BackendError> {
         let groups = &self.groups;

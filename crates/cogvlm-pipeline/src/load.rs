@@ -30,6 +30,9 @@ pub enum LoadError {
         /// The tensor.
         tensor: String,
     },
+    /// A device cannot be opened.
+    #[error(transparent)]
+    Open(BackendError),
     /// Decoder layers disagree about RoPE.
     #[error("`{tensor}` differs from that of layer 0; all layers of a CogVLM share their frequencies")]
     InvFreq {
@@ -76,6 +79,16 @@ pub enum LoadError {
     },
 }
 
+impl LoadError {
+    /// What to do, where that is known.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Open(source) | Self::Tensor { source, .. } => source.hint(),
+            _ => None,
+        }
+    }
+}
+
 /// Loads every tensor of `plan` from `source` and starts the ranks. `make_backend` opens a device with an arena of
 /// exactly what the plan gives it, less the reserve.
 ///
@@ -89,13 +102,8 @@ pub fn load_plan<B: Backend>(
         return Err(LoadError::Unsupported { model: plan.model.clone() });
     }
     let mut backends = BTreeMap::new();
-    for device in plan.devices.iter().filter(|device| device.device.executes()) {
-        let opened = make_backend(device).map_err(|source| LoadError::Tensor {
-            tensor: "device".to_owned(),
-            device: device.device,
-            source,
-        })?;
-        backends.insert(device.device, Arc::new(opened));
+    for device in plan.devices.iter().filter(|device| plan.uses(device.device)) {
+        backends.insert(device.device, Arc::new(make_backend(device).map_err(LoadError::Open)?));
     }
     let inv_freq = inv_freq(spec, source)?;
     let weights = place_weights(plan, source, &backends, progress)?;

@@ -23,6 +23,14 @@ pub enum RankError {
         /// What the device said.
         source: BackendError,
     },
+    /// A device cannot say how long something took.
+    #[error("the time of the vision tower on rank {device}: {source}")]
+    Clock {
+        /// Its device.
+        device: Device,
+        /// What the device said.
+        source: BackendError,
+    },
     /// The rank's thread has ended.
     #[error("rank {device} has stopped; its own message stands above")]
     Stopped {
@@ -40,18 +48,32 @@ pub(crate) struct StepResult {
 }
 
 /// A step on its way through the stages.
-struct Envelope<P> {
+struct Envelope<B: Backend> {
     step: Arc<Step>,
     stage: usize,
-    input: Option<Crossing<P>>,
+    input: Option<Crossing<B::Parcel>>,
     captured: Vec<Captured>,
-    vision_time: Duration,
+    vision: Vec<VisionSpan<B>>,
+}
+
+/// Begin and end of a rank's vision units, in the time of its device.
+struct VisionSpan<B: Backend> {
+    rank: usize,
+    moments: [B::Moment; 2],
 }
 
 /// What a rank's thread is told.
-enum Message<P> {
-    Run(Envelope<P>),
+enum Message<B: Backend> {
+    Run(Envelope<B>),
     Stop,
+}
+
+/// What the last stage gives.
+struct LastOutput<B: Backend> {
+    tokens: Vec<u32>,
+    logits: Vec<Vec<f32>>,
+    captured: Vec<Captured>,
+    vision: Vec<VisionSpan<B>>,
 }
 
 /// A stage, and the rank that executes it.
@@ -66,8 +88,8 @@ pub struct Ranks<B: Backend> {
     devices: Vec<Device>,
     backends: Vec<Arc<B>>,
     routes: Arc<Vec<Route>>,
-    inboxes: Vec<Sender<Message<B::Parcel>>>,
-    results: Receiver<Result<StepResult, RankError>>,
+    inboxes: Vec<Sender<Message<B>>>,
+    results: Receiver<Result<LastOutput<B>, RankError>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -78,8 +100,8 @@ struct RankThread<B: Backend> {
     rank: Rank<B>,
     routes: Arc<Vec<Route>>,
     /// Inboxes of all ranks.
-    peers: Vec<Sender<Message<B::Parcel>>>,
-    results: Sender<Result<StepResult, RankError>>,
+    peers: Vec<Sender<Message<B>>>,
+    results: Sender<Result<LastOutput<B>, RankError>>,
 }
 
 impl<B: Backend> Ranks<B> {
@@ -107,18 +129,13 @@ impl<B: Backend> Ranks<B> {
     pub(crate) fn run(&self, step: Step) -> Result<StepResult, RankError> {
         let first = self.first_stage(&step);
         let rank = self.routes[first].rank;
-        let envelope = Envelope {
-            step: Arc::new(step),
-            stage: first,
-            input: None,
-            captured: Vec::new(),
-            vision_time: Duration::ZERO,
-        };
+        let envelope =
+            Envelope { step: Arc::new(step), stage: first, input: None, captured: Vec::new(), vision: Vec::new() };
         let stopped = |rank: usize| RankError::Stopped { device: self.devices[rank] };
         self.inboxes[rank].send(Message::Run(envelope)).map_err(|_| stopped(rank))?;
         loop {
             match self.results.recv_timeout(Duration::from_millis(200)) {
-                Ok(result) => return result,
+                Ok(result) => return self.finish(result?),
                 // A thread ends before its ranks are dropped only if it panicked.
                 Err(_) => {
                     if let Some(rank) = self.threads.iter().position(JoinHandle::is_finished) {
@@ -127,6 +144,17 @@ impl<B: Backend> Ranks<B> {
                 }
             }
         }
+    }
+
+    /// Asks for times only now: with the tokens there, every device is past what it measured.
+    fn finish(&self, output: LastOutput<B>) -> Result<StepResult, RankError> {
+        let LastOutput { tokens, logits, captured, vision } = output;
+        let mut vision_time = Duration::ZERO;
+        for VisionSpan { rank, moments: [begin, end] } in vision {
+            let elapsed = self.backends[rank].elapsed(&begin, &end);
+            vision_time += elapsed.map_err(|source| RankError::Clock { device: self.devices[rank], source })?;
+        }
+        Ok(StepResult { tokens, logits, captured, vision_time })
     }
 
     /// Stages that only have vision units are passed by steps without images.
@@ -153,7 +181,7 @@ impl<B: Backend> Drop for Ranks<B> {
 }
 
 impl<B: Backend> RankThread<B> {
-    fn run(mut self, inbox: &Receiver<Message<B::Parcel>>) {
+    fn run(mut self, inbox: &Receiver<Message<B>>) {
         while let Ok(Message::Run(envelope)) = inbox.recv() {
             if let Err(error) = self.pass(envelope) {
                 drop(self.results.send(Err(error)));
@@ -162,8 +190,8 @@ impl<B: Backend> RankThread<B> {
     }
 
     /// Runs this rank's stage of a step, and those after it that are its own too, and hands the step on.
-    fn pass(&mut self, envelope: Envelope<B::Parcel>) -> Result<(), RankError> {
-        let Envelope { step, mut stage, mut input, mut captured, mut vision_time } = envelope;
+    fn pass(&mut self, envelope: Envelope<B>) -> Result<(), RankError> {
+        let Envelope { step, mut stage, mut input, mut captured, vision: mut spans } = envelope;
         let routes = Arc::clone(&self.routes);
         loop {
             let device = self.device;
@@ -171,18 +199,18 @@ impl<B: Backend> RankThread<B> {
             let output = self.rank.run_stage(&routes[stage].units, &step, input.take());
             let output = output.map_err(|source| RankError::Stage { stage, device, source })?;
             drop(span);
-            let StageOutput { crossing, tokens, logits, captured: taps, vision_time: spent } = output;
+            let StageOutput { crossing, tokens, logits, captured: taps, vision } = output;
             captured.extend(taps);
-            vision_time += spent;
+            spans.extend(vision.map(|moments| VisionSpan { rank: self.index, moments }));
             stage += 1;
             let Some(next) = routes.get(stage) else {
                 // The engine is gone only while everything is being dropped.
-                drop(self.results.send(Ok(StepResult { tokens, logits, captured, vision_time })));
+                drop(self.results.send(Ok(LastOutput { tokens, logits, captured, vision: spans })));
                 return Ok(());
             };
             input = crossing;
             if next.rank != self.index {
-                let envelope = Envelope { step, stage, input, captured, vision_time };
+                let envelope = Envelope { step, stage, input, captured, vision: spans };
                 // The peer is gone only if it panicked, which the engine notices.
                 drop(self.peers[next.rank].send(Message::Run(envelope)));
                 return Ok(());

@@ -292,6 +292,13 @@ impl Plan {
     pub fn placement(&self, name: &str) -> Option<&TensorPlacement> {
         self.placements.iter().find(|placement| placement.tensor.name == name)
     }
+
+    /// Whether a run needs a backend on `device`: it executes, or holds weights for one that does. Weights in host
+    /// memory or in the file are read where they are mapped.
+    pub fn uses(&self, device: Device) -> bool {
+        self.stages.iter().any(|stage| stage.device == device)
+            || self.placements.iter().any(|placement| placement.residency == Residency::Peer(device))
+    }
 }
 
 /// Each tensor in a slot of a staging ring begins at a multiple of this. A slot holds the largest group of weights that

@@ -1,0 +1,14 @@
+//! A GPU or the host behind one type, so that one engine runs plans whose ranks are GPUs, the host, or both.
+//!
+//! [`AnyBackend`] hands each call to the backend it holds. What was made by a backend of the other kind is refused with
+//! [`BackendError::Unsupported`](cogvlm_backend::BackendError::Unsupported), but for rows on their way between ranks:
+//! these cross through host memory, bit for bit.
+#![forbid(unsafe_code)]
+
+mod argument;
+mod backend;
+mod parcel;
+
+pub use argument::{Buffer, Either, Moment, Ring, Tables, Weight};
+pub use backend::AnyBackend;
+pub use parcel::Parcel;

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use cogvlm_backend::BackendError;
 use cogvlm_core::Device;
-use cudarc::driver::sys::{self as cu, CUdeviceptr, CUevent, CUfunction, CUmodule, CUstream};
+use cudarc::driver::sys::{self as cu, CUcontext, CUdeviceptr, CUevent, CUfunction, CUmodule, CUstream};
 
 use crate::driver::{self, Context, DeviceInfo, check};
 use crate::error::CudaError;
@@ -21,7 +21,9 @@ pub(crate) struct Gpu {
     /// Where weights are copied beside the operations.
     pub(crate) copy_stream: CUstream,
     functions: Mutex<Functions>,
-    context: Context,
+    context: CUcontext,
+    /// What keeps the context open.
+    _open: Context,
 }
 
 #[derive(Default)]
@@ -62,8 +64,8 @@ pub(crate) fn arg<T>(value: &T) -> *mut c_void {
 impl Gpu {
     /// Opens GPU `ordinal` for the rank `device`.
     pub(crate) fn open(device: Device, ordinal: u32) -> Result<Self, BackendError> {
-        let context = Context::open(ordinal).map_err(|error| error.on(device))?;
-        let info = context.info().clone();
+        let open = Context::open(ordinal).map_err(|error| error.on(device))?;
+        let info = open.info().clone();
         let failed = |result: cu::CUresult| {
             check(result).map_err(|reason| {
                 CudaError::Open { ordinal, name: info.name.clone(), reason, code: result as u32 }.on(device)
@@ -75,7 +77,8 @@ impl Gpu {
             stream: std::ptr::null_mut(),
             copy_stream: std::ptr::null_mut(),
             functions: Mutex::default(),
-            context,
+            context: open.handle,
+            _open: open,
         };
         gpu.bind()?;
         let flags = cu::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
@@ -94,7 +97,7 @@ impl Gpu {
     /// Makes the context current on this thread.
     pub(crate) fn bind(&self) -> Result<(), BackendError> {
         // SAFETY: the context is retained until drop.
-        self.check(unsafe { cu::cuCtxSetCurrent(self.context.handle) })
+        self.check(unsafe { cu::cuCtxSetCurrent(self.context) })
     }
 
     /// A failed call of the driver as an error that names the device.

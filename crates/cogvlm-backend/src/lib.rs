@@ -42,6 +42,22 @@ pub trait HostTensor: Send + Sync {
     /// # Errors
     /// Where the file changed or cannot be read any more.
     fn read_into(&self, destination: &mut [u8]) -> Result<(), HostReadError>;
+    /// Writes its bytes from `offset` on to `destination`; both are whole elements and lie within it. May be called by
+    /// several threads at a time.
+    ///
+    /// # Errors
+    /// As [`read_into`](Self::read_into).
+    fn read_at(&self, offset: usize, destination: &mut [u8]) -> Result<(), HostReadError> {
+        let wanted = offset..offset + destination.len();
+        if let Some(bytes) = self.mapped() {
+            destination.copy_from_slice(&bytes[wanted]);
+            return Ok(());
+        }
+        let mut bytes = vec![0; self.shape().iter().product::<usize>() * self.dtype().size_bytes()];
+        self.read_into(&mut bytes)?;
+        destination.copy_from_slice(&bytes[wanted]);
+        Ok(())
+    }
     /// Asks the system to read it ahead; a hint.
     fn read_ahead(&self) {}
     /// The whole mapping that [`mapped`](Self::mapped) is a part of, from its first page on: what a device registers
@@ -49,7 +65,15 @@ pub trait HostTensor: Send + Sync {
     fn mapping(&self) -> Option<&[u8]> {
         None
     }
-    /// How its elements are made, where a rule makes them: a device that knows the rule makes them in place.
+    /// Checks that what [`mapped`](Self::mapped) gives is still what it was at first.
+    ///
+    /// # Errors
+    /// Where the file was written to.
+    fn verify(&self) -> Result<(), HostReadError> {
+        Ok(())
+    }
+    /// How its elements are made, where a rule makes them: a device that knows the rule makes them in place. Such a
+    /// tensor is bf16.
     fn rule(&self) -> Option<ElementRule> {
         None
     }
@@ -57,7 +81,8 @@ pub trait HostTensor: Send + Sync {
 
 /// How the elements of a synthetic tensor are made, all in u64 and f32: element `i` is
 /// `bf16(base + amplitude * u(key + i * 0x9E3779B97F4A7C15))` with `u` the top 24 bits of SplitMix64's output function
-/// as a number in [-1, 1). A mixture adds up `u` of another tensor's rows before the amplitude.
+/// as a number in [-1, 1). A mixture adds up `u` of another tensor's rows before the amplitude. Every product and every
+/// sum is rounded by itself; [`oracle::made_element`] says it in full.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ElementRule {
     /// State of the generator at element 0: of this tensor, or of the one whose rows are mixed.

@@ -7,6 +7,7 @@
 mod activation;
 mod attention;
 mod linear;
+mod made;
 mod norm;
 mod patch_embed;
 mod qkv;
@@ -14,6 +15,7 @@ mod qkv;
 pub use activation::{erf, gelu, silu};
 pub use attention::{attention, image_attention};
 pub use linear::{expert_linear, gate_up, linear, linear_residual};
+pub use made::made_element;
 pub use norm::{layer_norm, layer_norm_gelu, layer_norm_residual, rms_norm};
 pub use patch_embed::patch_embed;
 pub use qkv::{KvPart, kv_index, kv_row_len, qkv_rope_append, rotate};

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use crate::checkpoint::{Checkpoint, MappedTensor};
 use crate::error::CheckpointError;
-use crate::synth::{SynthError, SyntheticModel};
+use crate::synth::{Rule, SynthError, SyntheticModel};
 use crate::table::{TensorInfo, TensorTable};
 
 /// Bytes that one thread reads at a time in [`ModelSource::read_into`].
@@ -96,6 +96,14 @@ impl ModelSource {
         match self {
             Self::Checkpoint(checkpoint) => checkpoint.tensor(name).ok(),
             Self::Synthetic(_) => None,
+        }
+    }
+
+    /// How the tensor's elements are made; `None` where they lie in a file, or the name is unknown.
+    pub fn rule(&self, name: &str) -> Option<&Rule> {
+        match self {
+            Self::Checkpoint(_) => None,
+            Self::Synthetic(model) => self.table().index_of(name).ok().map(|index| model.rule(index)),
         }
     }
 

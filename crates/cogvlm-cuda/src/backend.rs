@@ -16,7 +16,7 @@ use cogvlm_core::{DType, Device};
 use crate::buffer::{CudaBuffer, CudaParcel};
 use crate::device::{Event, Gpu};
 use crate::graph::Graphs;
-use crate::host_copy::Uploader;
+use crate::host_copy::{LoadPath, Loader, Uploader};
 use crate::memory::{Allocation, DeviceArena};
 use crate::ops;
 use crate::ring::CudaRing;
@@ -31,6 +31,7 @@ pub struct CudaBackend {
     // Fields are dropped in order: what waits for the stream before the memory that the stream uses.
     graphs: Graphs,
     pub(crate) uploader: Uploader,
+    pub(crate) loader: Arc<Loader>,
     pub(crate) arena: DeviceArena,
     /// Partial results between the kernels of one operation. Operations follow each other on one stream, so each may
     /// use all of it.
@@ -90,7 +91,8 @@ impl CudaBackend {
             _ => KernelPath::Generic,
         };
         let (graphs, uploader) = (Graphs::new(&gpu), Uploader::new(&gpu)?);
-        Ok(Self { graphs, uploader, arena, scratch, gpu, activations, path })
+        let loader = Arc::new(Loader::new(&gpu, LoadPath::Auto));
+        Ok(Self { graphs, uploader, loader, arena, scratch, gpu, activations, path })
     }
 
     /// The same device with the kernels of `path` or plainer ones: for tests, and for comparing them.
@@ -98,6 +100,12 @@ impl CudaBackend {
     pub fn with_path(self, path: KernelPath) -> Self {
         let path = path.min(self.path);
         Self { path, ..self }
+    }
+
+    /// The same device, to which weights get by `path`: for tests, and for comparing them.
+    #[must_use]
+    pub fn with_load_path(self, path: LoadPath) -> Self {
+        Self { loader: Arc::new(Loader::new(&self.gpu, path)), ..self }
     }
 
     /// Free and total bytes of the device, as the driver sees them.

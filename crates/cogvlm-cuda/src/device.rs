@@ -236,6 +236,27 @@ impl Gpu {
         self.check(unsafe { cu::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) })
     }
 
+    /// Copies from memory of `peer`, which may be the same device, in the order of `stream`, one of this device's.
+    ///
+    /// # Safety
+    /// `bytes` from `from` on are allocated on `peer`, from `to` on on this device, until `stream` is past the copy, and
+    /// do not overlap.
+    pub(crate) unsafe fn copy_from_peer(
+        &self, peer: &Self, from: CUdeviceptr, to: CUdeviceptr, bytes: usize, stream: CUstream,
+    ) -> Result<(), BackendError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        self.check(if peer.context == self.context {
+            // SAFETY: the caller vouches for the ranges.
+            unsafe { cu::cuMemcpyDtoDAsync_v2(to, from, bytes, stream) }
+        } else {
+            // SAFETY: as above; both contexts are retained.
+            unsafe { cu::cuMemcpyPeerAsync(to, self.context, from, peer.context, bytes, stream) }
+        })
+    }
+
     /// Copies to the host and waits.
     pub(crate) fn download(&self, from: CUdeviceptr, to: &mut [u8]) -> Result<(), BackendError> {
         if to.is_empty() {
@@ -278,6 +299,8 @@ pub struct Event {
 
 // SAFETY: events may be used from any thread.
 unsafe impl Send for Event {}
+// SAFETY: as above, several at a time.
+unsafe impl Sync for Event {}
 
 impl Event {
     /// An event; with `timed` for measuring.

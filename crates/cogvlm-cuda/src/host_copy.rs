@@ -1,11 +1,16 @@
-//! Small copies from the host that nobody waits for.
+//! Copies from the host that nobody waits for: small ones, and those of weights.
 
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cogvlm_backend::BackendError;
-use cudarc::driver::sys::{self as cu, CUdeviceptr};
+use cogvlm_backend::shape::{expect, unsupported};
+use cogvlm_backend::{BackendError, HostWeight};
+use cudarc::driver::sys::{self as cu, CUdeviceptr, CUstream};
 
 use crate::device::{Event, Gpu};
+use crate::registered::{self, Registered};
 
 /// Bytes of one pinned slot.
 const SLOT_BYTES: usize = 1 << 20;
@@ -93,4 +98,260 @@ impl Drop for Uploader {
         // The slots are freed next: nothing may still be copied from them.
         drop(self.gpu.synchronize());
     }
+}
+
+/// How the bytes of weights get to the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoadPath {
+    /// Straight from mapped files that are in the page cache; else through pinned memory.
+    Auto,
+    /// Straight from mapped files, wherever they are; where the driver refuses to register one, that is an error.
+    Registered,
+    /// Through pinned memory.
+    Staged,
+}
+
+/// The stream in whose order a weight is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Queue {
+    /// That of the operations.
+    Compute,
+    /// The one beside it.
+    Copy,
+}
+
+impl Queue {
+    pub(crate) fn stream(self, gpu: &Gpu) -> CUstream {
+        match self {
+            Self::Compute => gpu.stream,
+            Self::Copy => gpu.copy_stream,
+        }
+    }
+}
+
+/// Threads that copy a weight into pinned memory, each through slots of its own: one alone copies at a sixth of the
+/// rate of the link.
+const NUM_LANES: usize = 4;
+/// Pinned slots of such a thread: one is filled while the device copies from the other.
+const LANE_SLOTS: usize = 2;
+/// Bytes of such a slot.
+const PIECE_BYTES: usize = 8 << 20;
+
+/// Copies weights to a device.
+pub(crate) struct Loader {
+    path: LoadPath,
+    gpu: Arc<Gpu>,
+    /// Allocated when they are needed first.
+    lanes: Mutex<Vec<Lane>>,
+    /// Mappings that copies of this device may be under way from, by address.
+    registered: Mutex<HashMap<usize, Arc<Registered>>>,
+}
+
+/// The slots of one thread, each with the event that comes when it has been copied.
+struct Lane {
+    slots: Vec<(Pinned, Event)>,
+    next: usize,
+}
+
+/// A copy in pieces that several threads take turns at.
+struct Pieces<'a> {
+    gpu: &'a Gpu,
+    weight: &'a HostWeight,
+    range: Range<usize>,
+    to: CUdeviceptr,
+    queue: Queue,
+    /// The piece that is next.
+    next: AtomicUsize,
+}
+
+impl Loader {
+    pub(crate) fn new(gpu: &Arc<Gpu>, path: LoadPath) -> Self {
+        Self { path, gpu: Arc::clone(gpu), lanes: Mutex::default(), registered: Mutex::default() }
+    }
+
+    /// Copies bytes `range` of `weight`, as they are stored, to `to`, in the order of `queue`. When this returns, also
+    /// with an error, whatever the device still copies from stays as it is.
+    ///
+    /// # Safety
+    /// `to` has room for them on this device until the stream is past the copy.
+    pub(crate) unsafe fn copy(
+        &self, weight: &HostWeight, range: Range<usize>, to: CUdeviceptr, queue: Queue,
+    ) -> Result<(), BackendError> {
+        self.gpu.bind()?;
+        if range.is_empty() || self.copy_registered(weight, &range, to, queue)? {
+            return Ok(());
+        }
+        self.copy_staged(weight, range, to, queue)
+    }
+
+    /// Copies straight from the mapped file; `false` where it has to be staged.
+    fn copy_registered(
+        &self, weight: &HostWeight, range: &Range<usize>, to: CUdeviceptr, queue: Queue,
+    ) -> Result<bool, BackendError> {
+        let (Some(bytes), Some(registered)) = (weight.mapped(), self.registered(weight)) else { return Ok(false) };
+        let address = bytes.as_ptr().addr() + range.start;
+        let start = address - registered.address();
+        let span = start..start + range.len();
+        if self.path == LoadPath::Auto && !registered.covers(&span) && !registered::is_resident(address, range.len()) {
+            return Ok(false);
+        }
+        let outcome = registered.ensure(&span);
+        // A file that was cut off cannot be registered either: then this is what went wrong.
+        weight.verify()?;
+        if let Err(reason) = outcome {
+            if self.path == LoadPath::Registered {
+                return Err(self.gpu.error(format!("registering the file of `{}`: {reason}", weight.name())));
+            }
+            registered.warn(weight.name(), &reason);
+            return Ok(false);
+        }
+        for piece in registered::pieces(span.clone()) {
+            let from = (registered.address() + piece.start) as *const _;
+            let to = to + (piece.start - span.start) as CUdeviceptr;
+            // SAFETY: the piece lies in one registered window, which `self.registered` keeps until the device is past
+            // all copies (`drop`); the caller vouches for the destination.
+            let result = unsafe { cu::cuMemcpyHtoDAsync_v2(to, from, piece.len(), queue.stream(&self.gpu)) };
+            self.gpu.check(result)?;
+        }
+        Ok(true)
+    }
+
+    /// The registration of the mapping of `weight`, kept from now on; `None` where it is not to be registered.
+    fn registered(&self, weight: &HostWeight) -> Option<Arc<Registered>> {
+        if self.path == LoadPath::Staged {
+            return None;
+        }
+        let address = weight.mapping()?.as_ptr().addr();
+        let mut known = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(registered) = known.get(&address) {
+            return Some(Arc::clone(registered));
+        }
+        let registered = Registered::of(&self.gpu, weight)?;
+        known.insert(address, Arc::clone(&registered));
+        Some(registered)
+    }
+
+    /// Copies through pinned slots.
+    fn copy_staged(
+        &self, weight: &HostWeight, range: Range<usize>, to: CUdeviceptr, queue: Queue,
+    ) -> Result<(), BackendError> {
+        let num_lanes = range.len().div_ceil(PIECE_BYTES).min(NUM_LANES);
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        while lanes.len() < num_lanes {
+            match Lane::new(&self.gpu) {
+                Ok(lane) => lanes.push(lane),
+                Err(error) if lanes.is_empty() => {
+                    tracing::warn!(%error, "no pinned memory: copying weights from ordinary memory");
+                    return self.copy_pageable(weight, range, to, queue);
+                }
+                // Fewer threads do it too.
+                Err(_) => break,
+            }
+        }
+        let pieces = &Pieces { gpu: &self.gpu, weight, range, to, queue, next: AtomicUsize::new(0) };
+        let mut lanes = lanes.iter_mut().take(num_lanes);
+        let own = lanes.next().expect("there is a lane, or an error was returned");
+        std::thread::scope(|scope| {
+            let mut threads = Vec::new();
+            for lane in lanes {
+                let builder = std::thread::Builder::new().name("staging".to_owned());
+                // A thread that cannot be started leaves its pieces to the others.
+                threads.extend(builder.spawn_scoped(scope, || lane.run(pieces)).ok());
+            }
+            let result = own.run(pieces);
+            threads.into_iter().fold(result, |result, thread| {
+                let other = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                result.and(other)
+            })
+        })
+    }
+
+    /// Copies from ordinary memory, which the driver copies once more: the last resort.
+    fn copy_pageable(
+        &self, weight: &HostWeight, range: Range<usize>, to: CUdeviceptr, queue: Queue,
+    ) -> Result<(), BackendError> {
+        let mut bytes = vec![0; PIECE_BYTES.min(range.len())];
+        let copied = Event::new(&self.gpu, false)?;
+        for offset in range.clone().step_by(PIECE_BYTES) {
+            let piece = &mut bytes[..PIECE_BYTES.min(range.end - offset)];
+            weight.read_at(offset, piece)?;
+            let to = to + (offset - range.start) as CUdeviceptr;
+            // SAFETY: the caller vouches for the destination; the source is left alone until the wait below.
+            let result =
+                unsafe { cu::cuMemcpyHtoDAsync_v2(to, piece.as_ptr().cast(), piece.len(), queue.stream(&self.gpu)) };
+            self.gpu.check(result)?;
+            copied.record(queue.stream(&self.gpu))?;
+            copied.wait()?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        let registered = self.registered.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for mapping in registered.values() {
+            mapping.end_ahead();
+        }
+        // Slots are freed and mappings let go next: nothing may still be copied from them.
+        drop(self.gpu.synchronize());
+        drop(Event::new(&self.gpu, false).and_then(|event| {
+            event.record(self.gpu.copy_stream)?;
+            event.wait()
+        }));
+    }
+}
+
+impl Lane {
+    fn new(gpu: &Arc<Gpu>) -> Result<Self, BackendError> {
+        let slot = |_| Ok((Pinned::new(gpu, PIECE_BYTES)?, Event::new(gpu, false)?));
+        Ok(Self { slots: (0..LANE_SLOTS).map(slot).collect::<Result<_, BackendError>>()?, next: 0 })
+    }
+
+    /// Copies pieces until none is left.
+    fn run(&mut self, pieces: &Pieces<'_>) -> Result<(), BackendError> {
+        let result = self.run_all(pieces);
+        if result.is_err() {
+            // The others need not go on.
+            pieces.next.store(usize::MAX / 2, Ordering::Relaxed);
+        }
+        result
+    }
+
+    fn run_all(&mut self, pieces: &Pieces<'_>) -> Result<(), BackendError> {
+        let Pieces { gpu, weight, range, to, queue, next } = pieces;
+        gpu.bind()?;
+        loop {
+            let piece = next.fetch_add(1, Ordering::Relaxed);
+            if piece >= range.len().div_ceil(PIECE_BYTES) {
+                return Ok(());
+            }
+            let start = piece * PIECE_BYTES;
+            let num_bytes = PIECE_BYTES.min(range.len() - start);
+            let num_slots = self.slots.len();
+            let (pinned, free) = &mut self.slots[self.next];
+            self.next = (self.next + 1) % num_slots;
+            free.wait()?;
+            weight.read_at(range.start + start, &mut pinned.slice_mut()[..num_bytes])?;
+            let (from, to) = (pinned.address.cast_const().cast(), to + start as CUdeviceptr);
+            // SAFETY: the caller of `copy` vouches for the destination; the slot is not written to before its event has
+            // come, and lives until the device is past all copies (`Loader::drop`).
+            gpu.check(unsafe { cu::cuMemcpyHtoDAsync_v2(to, from, num_bytes, queue.stream(gpu)) })?;
+            free.record(queue.stream(gpu))?;
+        }
+    }
+}
+
+/// Elements of `weight`; refuses one whose shape takes other bytes than it has mapped.
+pub(crate) fn num_elements(op: &'static str, weight: &HostWeight) -> Result<usize, BackendError> {
+    let (shape, size) = (weight.shape(), weight.dtype().size_bytes());
+    let count = shape.iter().try_fold(1_usize, |count, &extent| count.checked_mul(extent));
+    let count = count.filter(|count| count.checked_mul(size).is_some());
+    let count = count.ok_or_else(|| unsupported(op, format!("`{}` of {shape:?} is too large", weight.name())))?;
+    if let Some(bytes) = weight.mapped() {
+        expect(op, "weight", shape, bytes.len() == count * size, || {
+            format!("`{}` in {} bytes, its shape takes {}", weight.name(), bytes.len(), count * size)
+        })?;
+    }
+    Ok(count)
 }

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use cogvlm_backend::shape::unsupported;
 use cogvlm_backend::{Arena, BackendError, Lease, MemoryUse};
 use cudarc::driver::sys::{self as cu, CUdeviceptr};
 
@@ -64,7 +65,7 @@ pub(crate) struct Memory {
     offset: usize,
     length: usize,
     pool: Arc<Pool>,
-    _lease: Lease,
+    _lease: Arc<Lease>,
 }
 
 impl DeviceArena {
@@ -82,6 +83,19 @@ impl DeviceArena {
     /// `bytes` for `what`, as they happen to be.
     pub(crate) fn take(&self, what: &str, bytes: usize) -> Result<Memory, BackendError> {
         let lease = self.counters.lease(what, bytes as u64)?;
+        self.place(what, bytes, &Arc::new(lease))
+    }
+
+    /// `count` pieces of `bytes` each for `what`, counted as one.
+    pub(crate) fn take_slots(&self, what: &str, count: usize, bytes: usize) -> Result<Vec<Memory>, BackendError> {
+        let total = count.checked_mul(bytes).and_then(|total| u64::try_from(total).ok());
+        let total = total.ok_or_else(|| unsupported("staging", format!("{count} slots of {bytes} bytes")))?;
+        let lease = Arc::new(self.counters.lease(what, total)?);
+        (0..count).map(|_| self.place(what, bytes, &lease)).collect()
+    }
+
+    /// Finds room for `bytes` that `lease` covers.
+    fn place(&self, what: &str, bytes: usize, lease: &Arc<Lease>) -> Result<Memory, BackendError> {
         let length = bytes.max(1).next_multiple_of(ALIGNMENT);
         let mut free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(index) = free.iter().position(|(_, available)| *available >= length) else {
@@ -96,7 +110,14 @@ impl DeviceArena {
         }
         drop(free);
         let address = self.pool.allocation.address + offset as CUdeviceptr;
-        Ok(Memory { address, offset, length, pool: Arc::clone(&self.pool), _lease: lease })
+        Ok(Memory { address, offset, length, pool: Arc::clone(&self.pool), _lease: Arc::clone(lease) })
+    }
+}
+
+impl Memory {
+    /// The device that it is memory of.
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        &self.pool.allocation.gpu
     }
 }
 

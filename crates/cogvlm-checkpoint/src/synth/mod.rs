@@ -10,13 +10,13 @@ use std::path::{Path, PathBuf};
 use cogvlm_core::config::{ConfigError, built_in_json, built_in_names};
 use cogvlm_core::{DType, ModelConfig, ModelSpec, TensorSpec, tensor_inventory};
 
+pub use rule::Rule;
 pub use write::{DEFAULT_MAX_SHARD_BYTES, Written, parse_shard_size, write_checkpoint};
 
 use crate::error::CheckpointError;
 use crate::layout::read_json;
 use crate::monitor::Cancelled;
 use crate::table::{TensorInfo, TensorTable};
-use rule::Rule;
 
 /// A configuration with the synthetic weights of a seed. All tensors are bf16; any range of any of them can be made, in
 /// any order, on any number of threads.
@@ -198,6 +198,11 @@ impl SyntheticModel {
 
     pub(crate) fn table(&self) -> &TensorTable {
         &self.table
+    }
+
+    /// How the elements of tensor `tensor` of the table are made.
+    pub(crate) fn rule(&self, tensor: usize) -> &Rule {
+        &self.rules[tensor]
     }
 
     /// Makes elements `elements` of tensor `tensor` of the table; `dst` has two bytes for each.

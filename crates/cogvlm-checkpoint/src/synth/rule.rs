@@ -12,15 +12,34 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 const SUCCESSOR_MUL: [u64; 4] = [1_000_003, 1_000_033, 1_000_037, 1_000_039];
 const SUCCESSOR_ADD: [u64; 4] = [12_345, 24_690, 37_035, 49_380];
 
-/// Makes any element of one tensor.
+/// How the elements of one tensor are made.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Rule {
+pub enum Rule {
     /// `base + amp * u`, with `u` in [-1, 1).
-    Uniform { key: u64, base: f32, amp: f32 },
+    Uniform {
+        /// State of the generator at element 0.
+        key: u64,
+        /// Centre.
+        base: f32,
+        /// Half-width.
+        amp: f32,
+    },
     /// RoPE frequencies: no seed.
-    InvFreq { len: u64 },
+    InvFreq {
+        /// How many.
+        len: u64,
+    },
     /// Each token is one of four likely successors of four tokens, so that greedy decoding has clear winners.
-    LmHead { embedding_key: u64, amp: f32, vocab_size: u64, hidden_size: u64 },
+    LmHead {
+        /// State of the generator at element 0 of the embedding, whose rows are mixed.
+        embedding_key: u64,
+        /// Half-width.
+        amp: f32,
+        /// Rows.
+        vocab_size: u64,
+        /// Columns.
+        hidden_size: u64,
+    },
 }
 
 impl Rule {

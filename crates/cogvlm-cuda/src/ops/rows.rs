@@ -1,48 +1,156 @@
-//! Unwritten.
+//! Rows in and out of buffers: from and to the host, another buffer, another device, a weight.
 
-#![allow(unused_imports)]
 use std::ops::Range;
+use std::sync::Arc;
 
-use cogvlm_backend::shape::unsupported;
-use cogvlm_backend::{
-    Activation, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, PatchGeometry, PatchWeights, RopeMode,
-    SampleRequest,
-};
-use cogvlm_core::tokens::ExpertRange;
+use cogvlm_backend::BackendError;
+use cogvlm_backend::shape::{expect, unsupported};
+use cogvlm_core::DType;
+use cudarc::driver::sys::CUdeviceptr;
 
-use crate::backend::CudaBackend;
-use crate::buffer::{CudaBuffer, CudaParcel};
-use crate::tables::CudaTables;
+use crate::backend::{CudaBackend, SCRATCH_BYTES};
+use crate::buffer::{CudaBuffer, CudaParcel, dtype_code};
+use crate::device::{Event, Launch, arg};
+use crate::memory::Allocation;
 use crate::weight::CudaWeight;
 
+/// Bytes at the beginning of the scratch memory that belong to the counters of the attention: they are zero between
+/// operations.
+const COUNTER_BYTES: usize = 64 << 10;
+
+/// As in kernels/rows.cu: `THREADS` and `EACH`.
+const THREADS: u32 = 256;
+const EACH: u64 = 4;
+
+/// The part of the scratch memory that any operation may overwrite, and its length.
+pub(super) fn scratch(cuda: &CudaBackend) -> (CUdeviceptr, usize) {
+    (cuda.scratch.address + COUNTER_BYTES as CUdeviceptr, SCRATCH_BYTES - COUNTER_BYTES)
+}
+
 pub(crate) fn write(
-    _cuda: &CudaBackend, _values: &[f32], _buffer: &mut CudaBuffer, _first_row: usize,
+    cuda: &CudaBackend, values: &[f32], buffer: &mut CudaBuffer, first_row: usize,
 ) -> Result<(), BackendError> {
-    Err(unsupported("write", "unwritten"))
+    let (columns, room) = (buffer.columns(), buffer.rows().saturating_sub(first_row));
+    let fits = values.len() <= room * columns && (values.is_empty() || values.len().is_multiple_of(columns.max(1)));
+    expect("write", "values", &[values.len()], fits, || {
+        format!("whole rows of {columns}, at most {room} of them from row {first_row}")
+    })?;
+    if values.is_empty() {
+        return Ok(());
+    }
+    let to = buffer.row(first_row);
+    if buffer.dtype == DType::F32 {
+        return cuda.uploader.upload(to, bytemuck::cast_slice(values));
+    }
+    // The next piece is copied to the scratch memory when this one has been converted: all of it is on one stream.
+    let (area, length) = scratch(cuda);
+    let piece_len = length / size_of::<f32>();
+    for (index, piece) in values.chunks(piece_len).enumerate() {
+        cuda.uploader.upload(area, bytemuck::cast_slice(piece))?;
+        let to = to + (index * piece_len * buffer.dtype.size_bytes()) as CUdeviceptr;
+        // SAFETY: the piece was just copied to the scratch memory, and the rows have room for all of `values`.
+        unsafe { convert(cuda, area, DType::F32, to, buffer.dtype, piece.len(), true) }?;
+    }
+    Ok(())
 }
 
-pub(crate) fn read(_cuda: &CudaBackend, _buffer: &CudaBuffer, _rows: Range<usize>) -> Result<Vec<f32>, BackendError> {
-    Err(unsupported("read", "unwritten"))
+pub(crate) fn read(cuda: &CudaBackend, buffer: &CudaBuffer, rows: Range<usize>) -> Result<Vec<f32>, BackendError> {
+    buffer.expect_span("read", &rows)?;
+    let (from, len) = (buffer.row(rows.start), rows.len() * buffer.columns());
+    if buffer.dtype == DType::F32 {
+        let mut values = vec![0.0_f32; len];
+        cuda.gpu.download(from, bytemuck::cast_slice_mut(&mut values))?;
+        return Ok(values);
+    }
+    let mut bits = vec![0_u16; len];
+    cuda.gpu.download(from, bytemuck::cast_slice_mut(&mut bits))?;
+    Ok(bits.into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect())
 }
 
-pub(crate) fn send(_cuda: &CudaBackend, _buffer: &CudaBuffer, _rows: Range<usize>) -> Result<CudaParcel, BackendError> {
-    Err(unsupported("send", "unwritten"))
+pub(crate) fn send(cuda: &CudaBackend, buffer: &CudaBuffer, rows: Range<usize>) -> Result<CudaParcel, BackendError> {
+    buffer.expect_span("send", &rows)?;
+    let bytes = rows.len() * buffer.row_bytes();
+    let allocation = Allocation::new(&cuda.gpu, "rows on their way to another device", bytes)?;
+    // SAFETY: the rows are in the buffer, the allocation has room for them. A buffer that is dropped now goes to an
+    // owner whose work comes after this copy on the same stream.
+    unsafe { cuda.gpu.copy(buffer.row(rows.start), allocation.address, bytes) }?;
+    let ready = Event::new(&cuda.gpu, false)?;
+    ready.record(cuda.gpu.stream)?;
+    let (gpu, dtype) = (Arc::clone(&cuda.gpu), buffer.dtype);
+    Ok(CudaParcel { gpu, allocation, ready, dtype, rows: rows.len(), columns: buffer.columns() })
 }
 
 pub(crate) fn receive(
-    _cuda: &CudaBackend, _parcel: CudaParcel, _buffer: &mut CudaBuffer, _first_row: usize,
+    cuda: &CudaBackend, parcel: CudaParcel, buffer: &mut CudaBuffer, first_row: usize,
 ) -> Result<(), BackendError> {
-    Err(unsupported("receive", "unwritten"))
+    expect_fit("receive", parcel.dtype, [parcel.rows, parcel.columns], buffer, first_row)?;
+    let bytes = parcel.rows * buffer.row_bytes();
+    if bytes == 0 {
+        return Ok(());
+    }
+    let stream = cuda.gpu.stream;
+    parcel.ready.hold(stream)?;
+    let (from, to) = (parcel.allocation.address, buffer.row(first_row));
+    // SAFETY: the parcel holds these bytes until the wait below, and the buffer has room for them.
+    unsafe { cuda.gpu.copy_from_peer(&parcel.gpu, from, to, bytes, stream) }?;
+    // The parcel's memory is freed next, in the sender's context, which may know nothing of the receiver's stream.
+    cuda.gpu.synchronize()
 }
 
 pub(crate) fn copy_rows(
-    _cuda: &CudaBackend, _source: &CudaBuffer, _rows: Range<usize>, _destination: &mut CudaBuffer, _first_row: usize,
+    cuda: &CudaBackend, source: &CudaBuffer, rows: Range<usize>, destination: &mut CudaBuffer, first_row: usize,
 ) -> Result<(), BackendError> {
-    Err(unsupported("copy_rows", "unwritten"))
+    const OP: &str = "copy_rows";
+    source.expect_span(OP, &rows)?;
+    expect_fit(OP, source.dtype, [rows.len(), source.columns()], destination, first_row)?;
+    let bytes = rows.len() * source.row_bytes();
+    // SAFETY: both ranges were checked against their buffers, which are different ones: one is borrowed mutably.
+    unsafe { cuda.gpu.copy(source.row(rows.start), destination.row(first_row), bytes) }
 }
 
 pub(crate) fn copy_weight_rows(
-    _cuda: &CudaBackend, _weight: &CudaWeight, _destination: &mut CudaBuffer, _first_row: usize,
+    cuda: &CudaBackend, weight: &CudaWeight, destination: &mut CudaBuffer, first_row: usize,
 ) -> Result<(), BackendError> {
-    Err(unsupported("copy_weight_rows", "unwritten"))
+    const OP: &str = "copy_weight_rows";
+    let (rows, width) = (destination.rows(), destination.columns());
+    let room = rows.saturating_sub(first_row);
+    let len: usize = weight.shape().iter().product();
+    let fits = first_row <= rows && weight.shape().last() == Some(&width) && len <= room * width;
+    expect(OP, "weight", weight.shape(), fits, || format!("[.., {width}] in at most {room} rows"))?;
+    destination.expect_dtype(OP, "destination", cuda.activations)?;
+    let (from, to) = (weight.address(OP, "weight")?, destination.row(first_row));
+    // SAFETY: the weight has `len` elements, and the destination room for them from that row on.
+    unsafe { convert(cuda, from, weight.dtype(), to, destination.dtype, len, weight.is_stable()) }
+}
+
+/// Refuses rows of another type or width than those of `buffer`, and more than it has from `first_row` on.
+fn expect_fit(
+    op: &'static str, dtype: DType, shape: [usize; 2], buffer: &CudaBuffer, first_row: usize,
+) -> Result<(), BackendError> {
+    if dtype != buffer.dtype {
+        return Err(unsupported(op, format!("rows of {dtype} cannot go into a buffer of {}", buffer.dtype)));
+    }
+    let (rows, columns) = (buffer.rows(), buffer.columns());
+    let fits = shape[1] == columns && first_row <= rows && shape[0] <= rows - first_row;
+    expect(op, "rows", &shape, fits, || {
+        format!("at most [{}, {columns}] from row {first_row}", rows.saturating_sub(first_row))
+    })
+}
+
+/// Copies `len` elements, rounded.
+///
+/// # Safety
+/// Memory of this device holds `len` elements of `from_dtype` at `from`, and has room for as many of `to_dtype`, which
+/// is f32 or bf16, at `to`; they do not overlap. With `overlap`, what is at `from` was put there by the compute stream,
+/// or is a weight that never changes.
+unsafe fn convert(
+    cuda: &CudaBackend, from: CUdeviceptr, from_dtype: DType, to: CUdeviceptr, to_dtype: DType, len: usize,
+    overlap: bool,
+) -> Result<(), BackendError> {
+    let kernel = if to_dtype == DType::F32 { "rows_to_f32" } else { "rows_to_bf16" };
+    let (code, count) = (dtype_code(from_dtype), len as u64);
+    let launch = Launch { overlap, ..Launch::blocks(count.div_ceil(u64::from(THREADS) * EACH) as u32, THREADS) };
+    let mut arguments = [arg(&from), arg(&code), arg(&to), arg(&count)];
+    // SAFETY: arguments and THREADS are those of `rows_to_f32` and `rows_to_bf16`; the caller vouches for the ranges.
+    unsafe { cuda.gpu.launch("rows", kernel, launch, &mut arguments) }
 }

@@ -42,9 +42,10 @@ pub(crate) enum Command {
 }
 
 /// Where the model goes.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub(crate) struct PlacementArgs {
-    /// Budget per device: `0:20GiB,1:20GiB,cpu:16GiB[,disk]`. Integers are bytes; `auto` asks the machine.
+    /// Budget per device: `0:20GiB,1:20GiB,cpu:16GiB[,disk]`. Integers are bytes; `auto` takes what is free now
+    /// [default: auto].
     #[arg(long, value_name = "BUDGETS")]
     pub(crate) max_memory: Option<String>,
     /// How to place.
@@ -59,8 +60,9 @@ pub(crate) struct PlacementArgs {
 }
 
 /// Placement policies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum PolicyArg {
+    #[default]
     /// latency for one sequence, throughput for more
     Auto,
     /// even free memory and even work
@@ -95,7 +97,7 @@ pub(crate) struct PlanArgs {
     /// What will execute: with `cpu`, numbered devices are virtual ranks, on which no CUDA context needs room.
     #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
     pub(crate) backend: BackendArg,
-    /// Arithmetic of the CPU backend, f32 or bf16. With `--policy accelerate`: the element type that it assumes for all
+    /// Activations and KV cache, f32 or bf16. With `--policy accelerate`: the element type that it assumes for all
     /// weights: float32, float16, bfloat16, int8, ... [default: bf16; as stored]
     #[arg(long, value_name = "TYPE")]
     pub(crate) dtype: Option<String>,
@@ -162,16 +164,16 @@ pub(crate) struct ModelArgs {
     /// A plan written by `plan --json`, or a Hugging Face device map.
     #[arg(long, value_name = "FILE", conflicts_with = "policy")]
     pub(crate) device_map: Option<PathBuf>,
-    /// What executes: with `cpu`, numbered devices are virtual ranks on the host.
+    /// What executes: with `cuda`, numbered devices are GPUs; with `cpu`, virtual ranks on the host.
     #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
     pub(crate) backend: BackendArg,
-    /// Arithmetic of the CPU backend.
+    /// Activations and KV cache.
     #[arg(long, value_enum, default_value_t = DTypeArg::Bf16)]
     pub(crate) dtype: DTypeArg,
     /// Arithmetic of rotary angles: `float32`, or `published` (as the published code rounds them in bf16).
     #[arg(long, value_enum, default_value_t = RopeArg::Float32)]
     pub(crate) rope: RopeArg,
-    /// Threads of the CPU backend [default: all cores].
+    /// Threads of what the host executes [default: all cores].
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
 }

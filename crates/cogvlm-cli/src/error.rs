@@ -7,7 +7,17 @@ use std::fmt::Display;
 pub(crate) struct CliError {
     message: String,
     hint: Option<String>,
-    usage: bool,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Refused or failed.
+    Failed,
+    /// As above, since a GPU cannot be used as the plan needs it.
+    NoGpu,
+    /// Flags that contradict each other.
+    Usage,
 }
 
 /// Result of a command.
@@ -16,12 +26,17 @@ pub(crate) type CliResult<T = ()> = Result<T, CliError>;
 impl CliError {
     /// Refused or failed: exit code 1.
     pub(crate) fn new(message: impl Display) -> Self {
-        Self { message: one_line(&message.to_string()), hint: None, usage: false }
+        Self { message: one_line(&message.to_string()), hint: None, kind: Kind::Failed }
+    }
+
+    /// A GPU cannot be used as the plan needs it: exit code 1, but with `--backend auto` the host takes over.
+    pub(crate) fn no_gpu(message: impl Display) -> Self {
+        Self { kind: Kind::NoGpu, ..Self::new(message) }
     }
 
     /// Flags that contradict each other: exit code 2.
     pub(crate) fn usage(message: impl Display) -> Self {
-        Self { usage: true, ..Self::new(message) }
+        Self { kind: Kind::Usage, ..Self::new(message) }
     }
 
     /// Adds what to do.
@@ -35,9 +50,14 @@ impl CliError {
         &self.message
     }
 
+    /// Whether it is of [`no_gpu`](Self::no_gpu).
+    pub(crate) fn is_no_gpu(&self) -> bool {
+        self.kind == Kind::NoGpu
+    }
+
     /// The process's exit code.
     pub(crate) fn exit_code(&self) -> u8 {
-        if self.usage { 2 } else { 1 }
+        if self.kind == Kind::Usage { 2 } else { 1 }
     }
 
     /// `error:` and `hint:` lines.

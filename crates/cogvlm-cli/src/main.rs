@@ -6,6 +6,7 @@ mod args;
 mod commands;
 mod error;
 mod interrupt;
+mod machine;
 mod output;
 mod progress;
 mod prompt;

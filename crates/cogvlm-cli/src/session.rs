@@ -7,28 +7,32 @@ use std::time::{Duration, Instant};
 
 use cogvlm_backend::RopeMode;
 use cogvlm_checkpoint::{ModelSource, SyntheticModel, read_config};
-use cogvlm_core::memory::format_bytes;
 use cogvlm_core::module_tree::Module;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, ModelConfig, ModelSpec};
 use cogvlm_cpu::CpuBackend;
-use cogvlm_pipeline::{Engine, load_plan};
+use cogvlm_cuda::CudaBackend;
+use cogvlm_device::AnyBackend;
+use cogvlm_pipeline::{Engine, LoadError, load_plan};
 use cogvlm_plan::accelerate::ModuleTree;
-use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates, VIRTUAL_RANK_RESERVE_BYTES};
-use cogvlm_plan::{PlanError, parse_max_memory, plan};
+use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates};
+use cogvlm_plan::{PlanError, plan};
 use serde::Deserialize;
 
 use crate::args::{BackendArg, ModelArgs, PlacementArgs, RopeArg};
 use crate::commands::plan::accelerate_map;
 use crate::error::{CliError, CliResult};
+use crate::machine::{Machine, is_automatic, on_one_gpu};
 use crate::output::note;
 use crate::progress::byte_bar;
 use crate::prompt::read_text;
 
 /// A model that is loaded and answers.
 pub(crate) struct Session {
-    pub(crate) engine: Engine<CpuBackend>,
+    pub(crate) engine: Engine<AnyBackend>,
     pub(crate) plan: Plan,
+    /// Whether numbered devices are GPUs.
+    pub(crate) on_gpus: bool,
     pub(crate) source: ModelSource,
     pub(crate) load_time: Duration,
     pub(crate) num_threads: usize,
@@ -44,24 +48,52 @@ pub(crate) struct PlannedModel {
 impl Session {
     /// Plans and loads the model `source`, which `args` name. The plan is shown before the load where `show_plan` says so.
     pub(crate) fn open(args: &ModelArgs, source: ModelSource, show_plan: bool) -> CliResult<Self> {
-        let start = Instant::now();
-        if args.backend == BackendArg::Cuda {
-            return Err(no_cuda());
+        match args.backend {
+            BackendArg::Cpu => Self::open_on(Machine::Host, args, source, show_plan),
+            BackendArg::Cuda => Self::open_on(Machine::gpus()?, args, source, show_plan),
+            BackendArg::Auto => {
+                let opened = match Machine::gpus() {
+                    Ok(machine) => Self::open_on(machine, args, source.clone(), show_plan),
+                    Err(error) => {
+                        tracing::info!("running on the host: {}", error.message());
+                        return Self::open_on(Machine::Host, args, source, show_plan);
+                    }
+                };
+                match opened {
+                    Err(error) if error.is_no_gpu() => {
+                        // There is a GPU, so whoever runs this may count on it.
+                        tracing::warn!("running on the host: {}", error.message());
+                        Self::open_on(Machine::Host, args, source, show_plan)
+                    }
+                    opened => opened,
+                }
+            }
         }
-        let request = plan_request(args, &source)?;
-        let plan = make_plan(args, &request)?;
+    }
+
+    fn open_on(mut machine: Machine, args: &ModelArgs, source: ModelSource, show_plan: bool) -> CliResult<Self> {
+        let start = Instant::now();
+        let request = plan_request(args, &source, &mut machine)?;
+        let plan = make_plan(args, &request, &mut machine)?;
         if show_plan {
             note(plan.report(Some(&request)).trim_end());
         }
         for notice in &plan.notices {
             tracing::info!("{notice}");
         }
+        machine.check(&plan)?;
+        let on_gpus = matches!(machine, Machine::Gpus(_));
         let threads = thread_pool(args.threads)?;
         let num_threads = threads.current_num_threads();
         let activations = DType::from(args.dtype);
-        let make_backend = |device: &DevicePlan| {
-            let capacity = device.used_bytes() - device.reserved_bytes;
-            CpuBackend::new(device.device, capacity, activations, Arc::clone(&threads))
+        let make_backend = |planned: &DevicePlan| {
+            let (device, capacity) = (planned.device, planned.used_bytes() - planned.reserved_bytes);
+            match device {
+                Device::Gpu(ordinal) if on_gpus => {
+                    CudaBackend::new(device, ordinal, capacity, activations).map(AnyBackend::Cuda)
+                }
+                _ => CpuBackend::new(device, capacity, activations, Arc::clone(&threads)).map(AnyBackend::Cpu),
+            }
         };
         let rope_mode = match args.rope {
             RopeArg::Float32 => RopeMode::Float32,
@@ -75,8 +107,8 @@ impl Session {
         let spec = source.spec().clone();
         let ranks = load_plan(&plan, &spec, &source, rope_mode, &make_backend, &progress);
         bar.finish_and_clear();
-        let engine = Engine::new(spec, plan.limits, ranks?);
-        Ok(Self { engine, plan, source, load_time: start.elapsed(), num_threads })
+        let engine = Engine::new(spec, plan.limits, ranks.map_err(load_error)?);
+        Ok(Self { engine, plan, on_gpus, source, load_time: start.elapsed(), num_threads })
     }
 
     /// The most that each device has held, as a JSON object.
@@ -104,10 +136,17 @@ pub(crate) fn plan_error(error: PlanError) -> CliError {
     }
 }
 
-/// What a CUDA request is told by a build without it.
-pub(crate) fn no_cuda() -> CliError {
-    CliError::new("`--backend cuda`: this build has no CUDA backend")
-        .hint("run with `--backend cpu`: numbered devices are then virtual ranks on the host")
+/// A plan that cannot be loaded, with what to do where that is known.
+fn load_error(error: LoadError) -> CliError {
+    let hint = error.hint();
+    let error = match error {
+        LoadError::Open(source) => CliError::no_gpu(source),
+        error => CliError::new(error),
+    };
+    match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
 }
 
 /// Opens `MODEL` for running.
@@ -146,19 +185,33 @@ pub(crate) fn planned_model(model: &str) -> CliResult<PlannedModel> {
     Ok(PlannedModel { name: model.to_owned(), spec, weight_dtype })
 }
 
-fn plan_request(args: &ModelArgs, source: &ModelSource) -> CliResult<PlanRequest> {
+fn plan_request(args: &ModelArgs, source: &ModelSource, machine: &mut Machine) -> CliResult<PlanRequest> {
     let first = source.tensors().first();
     let model = PlannedModel {
         name: args.model.clone(),
         spec: source.spec().clone(),
         weight_dtype: first.map_or(DType::Bf16, |tensor| tensor.dtype),
     };
-    request_for(model, &args.placement, DType::from(args.dtype), VIRTUAL_RANK_RESERVE_BYTES)
+    if args.device_map.is_some() && is_automatic(&args.placement) {
+        // The map says which devices it means.
+        return request_for(model, &args.placement, DType::from(args.dtype), machine.reserve_bytes(), Vec::new());
+    }
+    placed_request(model, &args.placement, DType::from(args.dtype), machine)
+}
+
+/// What the flags ask the planner for, with the budgets of this machine where they are left to it.
+pub(crate) fn placed_request(
+    model: PlannedModel, placement: &PlacementArgs, activation_dtype: DType, machine: &mut Machine,
+) -> CliResult<PlanRequest> {
+    let budgets = machine.budgets(placement)?;
+    let request = request_for(model, placement, activation_dtype, machine.reserve_bytes(), budgets)?;
+    Ok(if is_automatic(placement) { on_one_gpu(request) } else { request })
 }
 
 /// What the flags ask the planner for. `reserve_bytes` is kept free on every card.
 pub(crate) fn request_for(
     model: PlannedModel, placement: &PlacementArgs, activation_dtype: DType, reserve_bytes: u64,
+    budgets: Vec<DeviceBudget>,
 ) -> CliResult<PlanRequest> {
     let PlannedModel { name, spec, weight_dtype } = model;
     let longest = spec.max_position_embeddings;
@@ -168,10 +221,6 @@ pub(crate) fn request_for(
             "`--context {context_len}` exceeds the {longest} tokens that the model was made for"
         )));
     }
-    let budgets = match placement.max_memory.as_deref() {
-        None | Some("auto") => machine_budgets()?,
-        Some(text) => parse_max_memory(text)?,
-    };
     Ok(PlanRequest {
         model: name,
         spec,
@@ -185,7 +234,7 @@ pub(crate) fn request_for(
     })
 }
 
-fn make_plan(args: &ModelArgs, request: &PlanRequest) -> CliResult<Plan> {
+fn make_plan(args: &ModelArgs, request: &PlanRequest, machine: &mut Machine) -> CliResult<Plan> {
     let Some(path) = &args.device_map else {
         if request.policy != Policy::Accelerate {
             return plan(request).map_err(plan_error);
@@ -198,7 +247,7 @@ fn make_plan(args: &ModelArgs, request: &PlanRequest) -> CliResult<Plan> {
     let text = read_text(path)?;
     let json: serde_json::Value =
         serde_json::from_str(&text).map_err(|error| unreadable(&format!("not JSON: {error}")))?;
-    let given = args.placement.max_memory.as_deref().is_some_and(|text| text != "auto");
+    let given = !is_automatic(&args.placement);
     let failed = |error: PlanError| {
         let hint = error.hint();
         let error = CliError::new(format!("`{}`: {error}", path.display()));
@@ -227,48 +276,25 @@ fn make_plan(args: &ModelArgs, request: &PlanRequest) -> CliResult<Plan> {
         if json.get("schema").is_some() { (&json["device_map"], json.get("devices")) } else { (&json, None) };
     let mut request = request.clone();
     if !given {
-        request.budgets = budgets_of_map(map, devices)?;
+        request.budgets = budgets_of_map(map, devices, machine)?;
     }
     // Where it stands as it is: keys that stand twice have not been lost.
     let text = if devices.is_some() { map.to_string() } else { text };
     Plan::from_hugging_face(&text, &request).map_err(failed)
 }
 
-/// Budgets for the devices of a device map that came without: those in `devices` of a plan, else what this machine has.
-fn budgets_of_map(map: &serde_json::Value, devices: Option<&serde_json::Value>) -> CliResult<Vec<DeviceBudget>> {
-    let available = available_memory()?;
+/// Budgets for the devices of a device map that came without: those in `devices` of a plan, else what is free now.
+fn budgets_of_map(
+    map: &serde_json::Value, devices: Option<&serde_json::Value>, machine: &mut Machine,
+) -> CliResult<Vec<DeviceBudget>> {
     let named = map.as_object().into_iter().flat_map(serde_json::Map::values);
     let named = named.filter_map(|device| Device::deserialize(device).ok());
     // Something has to execute what rests on disk.
     let named: BTreeSet<Device> = named.chain([Device::Cpu]).collect();
     let budget = |device: Device| {
         let planned = devices.and_then(|devices| devices[device.to_string()]["budget_bytes"].as_u64());
-        DeviceBudget { device, bytes: planned.unwrap_or(available) }
+        let bytes = planned.map_or_else(|| machine.free_bytes(device), Ok)?;
+        Ok(DeviceBudget { device, bytes })
     };
-    Ok(named.into_iter().map(budget).collect())
-}
-
-/// What the machine has now: its available memory. (There are no cards in a build without CUDA.)
-fn machine_budgets() -> CliResult<Vec<DeviceBudget>> {
-    let bytes = available_memory()?;
-    tracing::info!("host memory available now: {}", format_bytes(bytes));
-    Ok(vec![DeviceBudget { device: Device::Cpu, bytes }])
-}
-
-/// Bytes of host memory that are free or can be freed without swapping.
-pub(crate) fn available_memory() -> CliResult<u64> {
-    meminfo("MemAvailable:")
-}
-
-/// A line of /proc/meminfo, in bytes.
-pub(crate) fn meminfo(key: &str) -> CliResult<u64> {
-    let unreadable = |reason: &str| {
-        CliError::new(format!("cannot tell how much memory this machine has: {reason}"))
-            .hint("give `--max-memory cpu:SIZE`")
-    };
-    let text =
-        std::fs::read_to_string("/proc/meminfo").map_err(|error| unreadable(&format!("/proc/meminfo: {error}")))?;
-    let line = text.lines().find_map(|line| line.strip_prefix(key));
-    let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    Ok(kib.ok_or_else(|| unreadable("/proc/meminfo has no such line"))? * 1024)
+    named.into_iter().map(budget).collect()
 }

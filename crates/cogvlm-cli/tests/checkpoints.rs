@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use common::{TOKENIZER, arg, cogvlm, cogvlm_json, ids, read_json, read_tensor, relative_rms, repo, write_json};
+use common::{
+    TOKENIZER, arg, cogvlm, cogvlm_json, ids, read_json, read_tensor, relative_rms, repo, without_gpus, write_json,
+};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -335,7 +337,7 @@ fn the_host_rank_copies_no_weight() {
     synth(&format!("{}@3", arg(&write_wide_config(dir.path()))), &model, &[]);
     let ids = write_json(dir.path(), "ids.json", &json!([5, 6, 7]));
     let run = |budgets: &str| {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_cogvlm-shard"))
+        let mut child = without_gpus(&mut Command::new(env!("CARGO_BIN_EXE_cogvlm-shard")))
             .args(["generate", "--json", "--model", arg(&model), "--input-ids", arg(&ids), "--max-memory", budgets])
             .args(["--context", "64", "--max-new-tokens", "20", "--ignore-eos", "--threads", "2"])
             .stdout(Stdio::piped())

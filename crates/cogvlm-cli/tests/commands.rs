@@ -352,7 +352,7 @@ fn doctor_describes_the_machine_and_gives_rates_to_plan() {
 
     let outcome = cogvlm(&["doctor", "--backend", "cuda"]);
     assert_refusal(&outcome, 1, "doctor --backend cuda");
-    assert!(outcome.stderr.contains("hint: ") && outcome.stderr.contains("--backend cpu"), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("hint: "), "{}", outcome.stderr);
     for word in ["host", "memory", "cpu", "cuda"] {
         assert!(outcome.stdout.contains(word), "{}", outcome.stdout);
     }
@@ -393,6 +393,7 @@ fn bench_measures_every_part() {
     for place in [
         "/load/ms",
         "/load/weight_bytes",
+        "/ttft/ms",
         "/vision/ms",
         "/prefill/ms",
         "/prefill/tokens_per_s",
@@ -404,7 +405,10 @@ fn bench_measures_every_part() {
         "/decode/share_of_ceiling",
         "/ceiling/read_bytes_per_s",
         "/ceiling/flops_per_s",
-        "/memory/cpu",
+        "/memory/cpu/planned_bytes",
+        "/memory/cpu/peak_bytes",
+        "/memory/cpu/arena_bytes",
+        "/memory/cpu/share_of_plan",
     ] {
         let value = report.pointer(place).and_then(Value::as_f64).unwrap_or_else(|| panic!("{place}: {report}"));
         assert!(value > 0.0, "{place}");
@@ -516,7 +520,6 @@ fn wrong_usage_is_2_and_a_refusal_is_1() {
         (&["generate", "--model", "tiny", "--prompt", "x"], "`tiny`"),
         (&["generate", "--model", "nowhere@1", "--prompt", "x"], "nowhere"),
         (&["generate", "--model", "tiny@11", "--prompt", "x"], "tokenizer"),
-        (&["generate", "--model", "tiny@11", "--prompt", "x", "--backend", "cuda", "--tokenizer", TOKENIZER], "cuda"),
         (&["generate", "--model", "tiny@11", "--input-ids", "nowhere.json"], "nowhere.json"),
     ] {
         let outcome = cogvlm(flags);

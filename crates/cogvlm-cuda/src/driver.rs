@@ -112,7 +112,7 @@ pub(crate) fn describe(result: CUresult) -> String {
 /// Loads and starts the driver, once; later calls give the first one's answer.
 pub(crate) fn start() -> Result<(), &'static CudaError> {
     static STARTED: OnceLock<Result<(), CudaError>> = OnceLock::new();
-    STARTED.get_or_init(start_once).as_ref().map(|()| ())
+    STARTED.get_or_init(start_once).as_ref().copied()
 }
 
 fn start_once() -> Result<(), CudaError> {

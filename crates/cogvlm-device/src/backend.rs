@@ -17,7 +17,6 @@ use crate::argument::{Argument, Buffer, Either, Moment, Ring, Tables, Weight};
 use crate::parcel::Parcel;
 
 /// One device: a GPU, or the host (or one of several virtual ranks on it).
-#[expect(clippy::large_enum_variant, reason = "there is one per rank")]
 pub enum AnyBackend {
     /// The host.
     Cpu(CpuBackend),

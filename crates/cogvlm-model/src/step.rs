@@ -93,3 +93,42 @@ impl Step {
             && matches!(&expert_ranges[..], [range] if range.expert == Expert::Language)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use cogvlm_backend::SequenceRows;
+    use cogvlm_core::tokens::ExpertRange;
+
+    use super::*;
+
+    /// A step of `rows` rows for each of two sequences, all of them `expert`'s.
+    fn step(rows: usize, expert: Expert) -> Step {
+        let sequence = |first: usize| SequenceRows { rows: first..first + rows, context_len: 9, blocks: vec![0] };
+        let batch = Batch {
+            input_ids: vec![1; 2 * rows],
+            position_ids: vec![8; 2 * rows],
+            expert_ranges: vec![ExpertRange { rows: 0..2 * rows, expert }],
+            sequences: vec![sequence(0), sequence(rows)],
+            logit_rows: vec![rows - 1, 2 * rows - 1],
+        };
+        Step { batch, ..Step::default() }
+    }
+
+    #[test]
+    fn a_plain_decode_is_one_language_row_of_every_sequence() {
+        assert!(step(1, Expert::Language).is_plain_decode());
+        assert!(!step(2, Expert::Language).is_plain_decode());
+        assert!(!step(1, Expert::Vision).is_plain_decode());
+        assert!(!Step { capture: true, ..step(1, Expert::Language) }.is_plain_decode());
+        let image = StepImage { pixels: [].into(), first_row: 1 };
+        assert!(!Step { images: vec![image], ..step(1, Expert::Language) }.is_plain_decode());
+        let mut mixed = step(1, Expert::Language);
+        mixed.batch.expert_ranges[0].rows.end = 1;
+        mixed.batch.expert_ranges.push(ExpertRange { rows: 1..2, expert: Expert::Vision });
+        assert!(!mixed.is_plain_decode());
+        let mut silent = step(1, Expert::Language);
+        silent.batch.logit_rows.pop();
+        assert!(!silent.is_plain_decode());
+        assert!(!Step::default().is_plain_decode(), "nothing to compute");
+    }
+}

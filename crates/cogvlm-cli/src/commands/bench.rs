@@ -1,14 +1,14 @@
 //! `bench`: how fast a plan runs, each figure beside what the hardware could do, measured in the same run.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cogvlm_backend::SamplingParams;
 use cogvlm_core::memory::format_bytes;
 use cogvlm_core::tokens::TokenLayout;
-use cogvlm_core::{DType, Expert, ModelSpec, Phase, TensorSpec, Unit, WeightGroup, tensor_inventory};
+use cogvlm_core::{DType, Device, Expert, ModelSpec, Phase, TensorSpec, Unit, WeightGroup, tensor_inventory};
 use cogvlm_cpu::ceiling;
-use cogvlm_pipeline::{Image, Request, StepKind};
-use serde_json::{Value, json};
+use cogvlm_pipeline::{Event, Image, Request, StepKind};
+use serde_json::{Map, Value, json};
 
 use crate::args::BenchArgs;
 use crate::error::{CliError, CliResult};
@@ -17,6 +17,8 @@ use crate::session::{Session, open_source};
 
 /// Times of one repetition.
 struct Run {
+    /// From the first request to the first token of any.
+    first_token: Duration,
     vision: Duration,
     prefill: Duration,
     decode: Duration,
@@ -47,10 +49,106 @@ pub(crate) fn run(args: &BenchArgs) -> CliResult {
         note(&format!("repetition {} of {}", index + 1, args.repeats));
         runs.push(repetition(&mut session, &layout, args)?);
     }
+    let memory = memory(&session);
     note("measuring the machine");
-    let read = ceiling::read_bytes_per_s();
-    let flops = ceiling::flops_per_s(DType::from(args.model.dtype));
-    report(args, &session, &spec, num_prompt, &runs, read, flops)
+    let ceilings = Ceilings::of(&session, DType::from(args.model.dtype));
+    report(args, &session, &spec, num_prompt, &runs, &memory, ceilings)
+}
+
+/// What the hardware could do at most, measured in the same run.
+#[derive(Clone, Copy)]
+struct Ceilings {
+    /// What one device reads from its memory.
+    read_bytes_per_s: f64,
+    /// Its matrix arithmetic in the type of the activations.
+    flops_per_s: f64,
+    /// What reaches it from host memory; `None` for the host.
+    link_bytes_per_s: Option<f64>,
+}
+
+impl Ceilings {
+    /// Of the first device that executes decoder layers. `None` where nothing measures it yet.
+    fn of(session: &Session, activations: DType) -> Option<Self> {
+        let decodes = |unit: &Unit| matches!(unit, Unit::DecoderLayer(_));
+        let stage = session.plan.stages.iter().find(|stage| stage.units.iter().any(decodes));
+        match stage.map(|stage| stage.device) {
+            Some(Device::Gpu(ordinal)) if session.on_gpus => Self::of_gpu(ordinal, activations),
+            _ => Some(Self::of_host(activations)),
+        }
+    }
+
+    fn of_host(activations: DType) -> Self {
+        Self {
+            read_bytes_per_s: ceiling::read_bytes_per_s(),
+            flops_per_s: ceiling::flops_per_s(activations),
+            link_bytes_per_s: None,
+        }
+    }
+
+    fn of_gpu(_ordinal: u32, _activations: DType) -> Option<Self> {
+        None
+    }
+}
+
+/// What a device was given, and what it held.
+struct DeviceMemory {
+    device: Device,
+    /// What the plan says, reserve included.
+    planned_bytes: u64,
+    /// The most that its arena held.
+    peak_bytes: u64,
+    /// What its arena may hold.
+    arena_bytes: u64,
+    /// What the driver says is in use on the GPU, by whomever.
+    driver_used_bytes: Option<u64>,
+}
+
+fn memory(session: &Session) -> Vec<DeviceMemory> {
+    let of_device = |(device, memory): (Device, cogvlm_backend::MemoryUse)| {
+        let planned = session.plan.devices.iter().find(|planned| planned.device == device);
+        let driver_used_bytes = match device {
+            Device::Gpu(ordinal) if session.on_gpus => {
+                let memory = cogvlm_cuda::Context::open(ordinal).and_then(|context| context.memory());
+                memory.ok().map(|(free, total)| total - free)
+            }
+            _ => None,
+        };
+        DeviceMemory {
+            device,
+            planned_bytes: planned.map_or(0, |planned| planned.used_bytes()),
+            peak_bytes: memory.peak,
+            arena_bytes: memory.capacity,
+            driver_used_bytes,
+        }
+    };
+    session.engine.memory().into_iter().map(of_device).collect()
+}
+
+impl DeviceMemory {
+    /// What the device holds as a share of what was planned: by the driver's account, else by the arena's.
+    fn share_of_plan(&self) -> f64 {
+        self.driver_used_bytes.unwrap_or(self.peak_bytes) as f64 / (self.planned_bytes as f64).max(1.0)
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "planned_bytes": self.planned_bytes, "peak_bytes": self.peak_bytes, "arena_bytes": self.arena_bytes,
+            "driver_used_bytes": self.driver_used_bytes, "share_of_plan": self.share_of_plan(),
+        })
+    }
+
+    fn text(&self) -> String {
+        let driver = self.driver_used_bytes.map(|used| format!(", {} in use for the driver", format_bytes(used)));
+        format!(
+            "  rank {}: arena at most {} of {}{}; planned {}, of which {:.1} %",
+            self.device,
+            format_bytes(self.peak_bytes),
+            format_bytes(self.arena_bytes),
+            driver.unwrap_or_default(),
+            format_bytes(self.planned_bytes),
+            100.0 * self.share_of_plan()
+        )
+    }
 }
 
 /// BOS, the image's tokens, and ids spread over the vocabulary.
@@ -66,6 +164,7 @@ fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs) -> 
     let vision = &session.engine.spec().vision;
     let num_values = vision.num_channels * vision.image_size * vision.image_size;
     let image = Image { pixels: (0..num_values).map(|index| (index % 509) as f32 / 254.5 - 1.0).collect() };
+    let start = Instant::now();
     for _ in 0..session.plan.limits.max_sequences {
         session.engine.submit(Request {
             layout: layout.clone(),
@@ -80,8 +179,17 @@ fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs) -> 
             keep_cache: false,
         })?;
     }
-    let mut run = Run { vision: Duration::ZERO, prefill: Duration::ZERO, decode: Duration::ZERO, num_decode_steps: 0 };
+    let mut run = Run {
+        first_token: Duration::ZERO,
+        vision: Duration::ZERO,
+        prefill: Duration::ZERO,
+        decode: Duration::ZERO,
+        num_decode_steps: 0,
+    };
     while let Some(report) = session.engine.step()? {
+        if run.first_token.is_zero() && report.events.iter().any(|event| matches!(event, Event::Token { .. })) {
+            run.first_token = start.elapsed();
+        }
         match report.kind {
             StepKind::Prefill => {
                 run.vision += report.vision_time;
@@ -97,7 +205,8 @@ fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs) -> 
 }
 
 fn report(
-    args: &BenchArgs, session: &Session, spec: &ModelSpec, num_prompt: usize, runs: &[Run], read: f64, flops: f64,
+    args: &BenchArgs, session: &Session, spec: &ModelSpec, num_prompt: usize, runs: &[Run], memory: &[DeviceMemory],
+    ceilings: Option<Ceilings>,
 ) -> CliResult {
     let batch = session.plan.limits.max_sequences;
     let work = Work::of(spec, num_prompt, !args.text_only);
@@ -108,31 +217,45 @@ fn report(
     let decode_bytes = work.hot_bytes as f64 + batch as f64 * kv_bytes;
 
     let load_s = session.load_time.as_secs_f64();
+    let first_token_s = median(runs.iter().map(|run| run.first_token.as_secs_f64()));
     let vision_s = median(runs.iter().map(|run| run.vision.as_secs_f64() / batch as f64));
     let prefill_s = median(runs.iter().map(|run| run.prefill.as_secs_f64() / batch as f64));
     let step_s = median(runs.iter().map(|run| run.decode.as_secs_f64() / run.num_decode_steps.max(1) as f64));
     let prefill_rate = work.prefill_flops / prefill_s;
     let decode_rate = decode_bytes / step_s;
+    let prefill_share = ceilings.map(|ceilings| prefill_rate / ceilings.flops_per_s);
+    let decode_share = ceilings.map(|ceilings| decode_rate / ceilings.read_bytes_per_s);
     if args.json {
+        let memory: Map<String, Value> =
+            memory.iter().map(|memory| (memory.device.to_string(), memory.json())).collect();
         let object: Value = json!({
             "schema": "cogvlm-shard.bench/1",
             "model": args.model.model,
             "dtype": DType::from(args.model.dtype).to_string(),
+            "backend": if session.on_gpus { "cuda" } else { "cpu" },
             "threads": session.num_threads,
             "prompt_tokens": num_prompt,
             "batch": batch,
             "repeats": runs.len(),
             "load": {"ms": load_s * 1e3, "weight_bytes": weight_bytes},
+            "ttft": {"ms": first_token_s * 1e3},
             "vision": {"ms": vision_s * 1e3, "flops_per_s": work.vision_flops / vision_s.max(1e-12)},
-            "prefill": {"ms": prefill_s * 1e3, "tokens_per_s": num_prompt as f64 / prefill_s, "flops_per_s": prefill_rate, "share_of_ceiling": prefill_rate / flops},
-            "decode": {"ms_per_step": step_s * 1e3, "tokens_per_s": batch as f64 / step_s, "bytes_per_s": decode_rate, "share_of_ceiling": decode_rate / read},
+            "prefill": {"ms": prefill_s * 1e3, "tokens_per_s": num_prompt as f64 / prefill_s, "flops_per_s": prefill_rate, "share_of_ceiling": prefill_share},
+            "decode": {"ms_per_step": step_s * 1e3, "tokens_per_s": batch as f64 / step_s, "bytes_per_s": decode_rate, "share_of_ceiling": decode_share},
             "predicted": {"decode_ms": session.plan.seconds_per_token * 1e3, "image_ms": session.plan.seconds_per_image * 1e3},
-            "ceiling": {"read_bytes_per_s": read, "flops_per_s": flops},
-            "memory": session.peak_memory(),
+            "ceiling": ceilings.map(|ceilings| json!({
+                "read_bytes_per_s": ceilings.read_bytes_per_s, "flops_per_s": ceilings.flops_per_s,
+                "link_bytes_per_s": ceilings.link_bytes_per_s,
+            })),
+            "memory": memory,
         });
         return print_line(&object.to_string());
     }
-    let lines = [
+    let of_ceiling = |share: Option<f64>, ceiling: Option<f64>| match (share, ceiling) {
+        (Some(share), Some(ceiling)) => format!(" = {:3.0} % of {:.1} measured", 100.0 * share, ceiling / 1e9),
+        _ => String::new(),
+    };
+    let mut lines = vec![
         format!(
             "{} in {}, {num_prompt} prompt tokens, batch {batch}, medians of {}",
             args.model.model,
@@ -140,33 +263,28 @@ fn report(
             runs.len()
         ),
         format!("  load      {:9.1} ms   {} of weights placed", load_s * 1e3, format_bytes(weight_bytes)),
+        format!("  ttft      {:9.1} ms   from the request to the first token", first_token_s * 1e3),
         format!("  vision    {:9.1} ms   of the prefill", vision_s * 1e3),
         format!(
-            "  prefill   {:9.1} ms   {:8.1} tokens/s  {:8.1} GFLOP/s = {:3.0} % of {:.1} measured",
+            "  prefill   {:9.1} ms   {:8.1} tokens/s  {:8.1} GFLOP/s{}",
             prefill_s * 1e3,
             num_prompt as f64 / prefill_s,
             prefill_rate / 1e9,
-            100.0 * prefill_rate / flops,
-            flops / 1e9
+            of_ceiling(prefill_share, ceilings.map(|ceilings| ceilings.flops_per_s))
         ),
         format!(
-            "  decode    {:9.2} ms   {:8.1} tokens/s  {:8.2} GB/s = {:3.0} % of {:.2} measured",
+            "  decode    {:9.2} ms   {:8.1} tokens/s  {:8.2} GB/s{}",
             step_s * 1e3,
             batch as f64 / step_s,
             decode_rate / 1e9,
-            100.0 * decode_rate / read,
-            read / 1e9
+            of_ceiling(decode_share, ceilings.map(|ceilings| ceilings.read_bytes_per_s))
         ),
     ];
-    print_line(&lines.join("\n"))?;
-    for (device, memory) in session.engine.memory() {
-        print_line(&format!(
-            "  rank {device}: at most {} of {}",
-            format_bytes(memory.peak),
-            format_bytes(memory.capacity)
-        ))?;
+    if let Some(link) = ceilings.and_then(|ceilings| ceilings.link_bytes_per_s) {
+        lines.push(format!("  link      {:9.1} GB/s from host memory, measured", link / 1e9));
     }
-    Ok(())
+    lines.extend(memory.iter().map(DeviceMemory::text));
+    print_line(&lines.join("\n"))
 }
 
 /// What the model has to do, counted from its tensors.

@@ -7,17 +7,18 @@ use cogvlm_core::memory::format_bytes;
 use cogvlm_plan::accelerate::{
     self, Arguments, Balanced, DeviceKey, ElementType, MaxMemory, ModuleTree, Version, Widths,
 };
-use cogvlm_plan::plan::{CUDA_RESERVE_BYTES, Plan, PlanRequest, Policy, Rates, VIRTUAL_RANK_RESERVE_BYTES};
+use cogvlm_plan::plan::{CUDA_RESERVE_BYTES, Plan, PlanRequest, Policy, Rates};
 use cogvlm_plan::requests::{RequestError, TreeCache, answer_line};
-use cogvlm_plan::{PLAN_SCHEMA, plan};
+use cogvlm_plan::{PLAN_SCHEMA, parse_max_memory, plan};
 use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 
-use crate::args::{BackendArg, PlacementArgs, PlanArgs, PolicyArg};
+use crate::args::{PlacementArgs, PlanArgs, PolicyArg};
 use crate::error::{CliError, CliResult};
+use crate::machine::Machine;
 use crate::output::print_line;
 use crate::prompt::read_json;
-use crate::session::{plan_error, planned_model, request_for};
+use crate::session::{placed_request, plan_error, planned_model, request_for};
 use crate::stdin::StdinLines;
 
 pub(crate) fn run(args: &PlanArgs) -> CliResult {
@@ -44,12 +45,13 @@ pub(crate) fn run(args: &PlanArgs) -> CliResult {
         None | Some("bf16" | "bfloat16") => DType::Bf16,
         Some("f32" | "float32") => DType::F32,
         Some(other) => {
-            return Err(CliError::usage(format!("`--dtype {other}`: the CPU backend computes in f32 or bf16"))
+            return Err(CliError::usage(format!("`--dtype {other}`: activations are f32 or bf16"))
                 .hint("other element types are for `--policy accelerate`"));
         }
     };
-    let reserve = if args.backend == BackendArg::Cpu { VIRTUAL_RANK_RESERVE_BYTES } else { CUDA_RESERVE_BYTES };
-    let mut request = request_for(planned_model(&args.model)?, &args.placement, activations, reserve)?;
+    let mut machine = Machine::planned(args.backend, &args.placement);
+    let mut request = placed_request(planned_model(&args.model)?, &args.placement, activations, &mut machine)?;
+    drop(machine);
     if let Some(path) = &args.links {
         request.rates = read_rates(path)?;
     }
@@ -159,14 +161,10 @@ fn own_policy(policy: Policy, fields: &Map<String, Value>) -> Result<Value, Requ
     let word = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     let budgets: Vec<String> =
         request.max_memory.iter().map(|(device, amount)| format!("{}:{}", word(device), word(amount))).collect();
-    let placement = PlacementArgs {
-        max_memory: Some(budgets.join(",")),
-        policy: PolicyArg::Auto,
-        context: request.context,
-        batch: request.batch,
-    };
+    let budgets = parse_max_memory(&budgets.join(",")).map_err(|error| refused(error.into()))?;
+    let placement = PlacementArgs { context: request.context, batch: request.batch, ..PlacementArgs::default() };
     let model = planned_model(request.model.as_deref().unwrap_or("cogvlm-chat-17b")).map_err(refused)?;
-    let mut plan_request = request_for(model, &placement, DType::Bf16, CUDA_RESERVE_BYTES).map_err(refused)?;
+    let mut plan_request = request_for(model, &placement, DType::Bf16, CUDA_RESERVE_BYTES, budgets).map_err(refused)?;
     plan_request.policy = policy;
     let plan = plan(&plan_request).map_err(|error| refused(plan_error(error)))?;
     serde_json::from_str(&plan.to_json()).map_err(|error| RequestError::new("RuntimeError", error.to_string()))

@@ -18,7 +18,12 @@ pub(crate) struct Outcome {
     pub(crate) stderr: String,
 }
 
-/// Runs the program in the root of the repository.
+/// Hides the GPUs of this machine: what a test says of `--backend auto` is said of the host.
+pub(crate) fn without_gpus(command: &mut Command) -> &mut Command {
+    command.env("CUDA_VISIBLE_DEVICES", "")
+}
+
+/// Runs the program in the root of the repository, without GPUs.
 pub(crate) fn cogvlm(arguments: &[&str]) -> Outcome {
     cogvlm_with_stdin(arguments, "")
 }
@@ -26,7 +31,7 @@ pub(crate) fn cogvlm(arguments: &[&str]) -> Outcome {
 /// [`cogvlm`], with something to read.
 pub(crate) fn cogvlm_with_stdin(arguments: &[&str], stdin: &str) -> Outcome {
     use std::io::Write;
-    let mut child = Command::new(env!("CARGO_BIN_EXE_cogvlm-shard"))
+    let mut child = without_gpus(&mut Command::new(env!("CARGO_BIN_EXE_cogvlm-shard")))
         .args(arguments)
         .current_dir(repo(""))
         .stdin(Stdio::piped())

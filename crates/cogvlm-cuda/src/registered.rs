@@ -295,8 +295,8 @@ mod tests {
     fn pieces_end_at_windows() {
         const W: usize = WINDOW_BYTES;
         let cut = |span: Range<usize>| pieces(span).collect::<Vec<_>>();
-        assert_eq!(cut(3..5), [3..5]);
-        assert_eq!(cut(0..W), [0..W]);
+        assert_eq!(cut(3..5), vec![3..5; 1]);
+        assert_eq!(cut(0..W), vec![0..W; 1]);
         assert_eq!(cut(W - 1..W + 1), [W - 1..W, W..W + 1]);
         assert_eq!(cut(5..2 * W + 7), [5..W, W..2 * W, 2 * W..2 * W + 7]);
         assert_eq!(windows(&(W..2 * W)), 1..2);

@@ -5,7 +5,13 @@
 // Tiles of 128 rows by WIDTH columns. One warp group copies: TMA brings 64 elements of depth of a tile's rows and weights
 // into a ring of stages in shared memory, in the 128-byte swizzle that wgmma reads. Two warp groups multiply, 64 rows
 // each, with their sums in registers. Blocks are persistent, one per multiprocessor, so that the copies of a next tile run
-// while a tile is finished. Tiles that share columns of weights follow each other: their rows come from the L2 cache.
+// while a tile is finished.
+//
+// What bounds such a kernel is the way from the L2 cache to the multiprocessors, so two blocks make a cluster: they take
+// two tiles of the same columns, each copies half of their weights, and what it copies arrives in both. An odd tile of
+// rows is left over; the cluster then takes two neighbouring columns of it, and shares nothing. Left-over tiles (the text
+// around an image: few rows, all the weights of an expert) are spread evenly among the others, which hides their weights'
+// way from memory.
 //
 // The rows of a tile are 16 groups of up to 8 rows, each from anywhere (row_group): one copy of 128 rows where they
 // follow each other, else 16 copies of 8, so that the few text tokens around an image share a tile.
@@ -13,7 +19,7 @@
 // Paired sums: the tile's first WIDTH / 2 weight rows are firsts, the others their seconds; for QKV, WIDTH covers whole
 // heads in their natural order, and a pair is 64 columns apart.
 //
-// launch   grid = min(tiles, multiprocessors), block = 384       wrapper  cogvlm-cuda ops::product_wgmma
+// launch   grid = min(2 * units, multiprocessors), clusters of 2, block = 384       wrapper  cogvlm-cuda ops::product_wgmma
 // oracle   oracle::{expert_linear, linear, gate_up, qkv_rope_append}
 #include "include/product.cuh"
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -51,8 +57,12 @@ __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+// Arrives at the barrier of block `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive(u32 barrier, u32 rank) {
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier), "r"(rank) : "memory");
 }
 // Waits for the end of the phase whose parity is `parity`.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
@@ -70,6 +80,21 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barri
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
         "l"(&map), "r"(barrier), "r"(k), "r"(row) : "memory");
 }
+// Copies the box to the same place in both blocks of the cluster; each one's barrier counts the bytes.
+__device__ __forceinline__ void copy_box_to_both(u32 to, const TensorMap& map, u32 barrier, u32 k, u32 row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(&map), "r"(barrier), "r"(k), "r"(row), "h"(u16(3)) : "memory");
+}
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// All threads of both blocks.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
@@ -84,14 +109,35 @@ template <u32 LEFT> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
-// Which tile: rows fastest, so that neighbours share weights.
-struct TilePlace {
+// Two tiles for the two blocks of a cluster, and this block's one of them.
+struct Unit {
     u32 expert, first_group, column;
+    bool shares_weights;
 };
-__device__ __forceinline__ TilePlace tile_place(const Product& a, u32 tile) {
-    const u32 m = tile % a.num_tiles_m;
-    const u32 expert = m < a.num_vision_tiles ? 1 : 0;
-    return {expert, (expert ? m : m - a.num_vision_tiles) * (TILE_ROWS / GROUP_ROWS), tile / a.num_tiles_m};
+__device__ __forceinline__ u32 num_units(const Product& a, u32 num_columns) {
+    const u32 vision = a.num_vision_tiles, language = a.num_tiles_m - vision;
+    return (vision / 2 + language / 2) * num_columns + (vision % 2 + language % 2) * ((num_columns + 1) / 2);
+}
+__device__ __forceinline__ Unit unit_at(const Product& a, u32 num_columns, u32 units, u32 unit, u32 rank) {
+    const u32 vision = a.num_vision_tiles, language = a.num_tiles_m - vision;
+    const u32 odd = vision % 2 + language % 2, pairs = vision / 2 + language / 2;
+    const u32 left_over = odd * ((num_columns + 1) / 2);
+    // Evenly spread: before unit u stand floor(u * left_over / units) of them.
+    const u32 before = unit * left_over / units;
+    u32 tile, column, expert;
+    bool shares = (unit + 1) * left_over / units == before;
+    if (shares) {
+        const u32 index = unit - before, pair = index % pairs;
+        column = index / pairs;
+        expert = pair < vision / 2 ? 1 : 0;
+        tile = 2 * (expert ? pair : pair - vision / 2) + rank;
+    } else {
+        column = before / odd * 2 + rank;
+        // Where both experts have an odd tile they take turns.
+        expert = odd == 2 ? before % 2 : vision % 2;
+        tile = (expert ? vision : language) - 1;
+    }
+    return {expert, tile * (TILE_ROWS / GROUP_ROWS), column, shares};
 }
 
 // Columns of the result that a tile covers.
@@ -100,30 +146,40 @@ template <u32 FINISH, u32 WIDTH> __host__ __device__ constexpr u32 tile_columns(
 }
 
 template <u32 FINISH, u32 WIDTH>
-__device__ void copy_tiles(const Product& a, const Maps& maps, u32 stages, u32 full, u32 empty, u32 num_tiles) {
+__device__ void copy_tiles(
+    const Product& a, const Maps& maps, u32 stages, u32 full, u32 empty, u32 num_columns, u32 units, u32 rank) {
     constexpr u32 STAGES = num_stages(WIDTH);
+    constexpr u32 HALF_BYTES = WIDTH / 2 * ROW_BYTES;
     const u32 lane = threadIdx.x % 32;
     u32 stage = 0, parity = 0;
-    for (u32 tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-        const TilePlace place = tile_place(a, tile);
+    for (u32 u = blockIdx.x / 2; u < units; u += gridDim.x / 2) {
+        const Unit unit = unit_at(a, num_columns, units, u, rank);
         // Lane i knows group i.
         RowGroup group = {0, 0};
-        if (lane < TILE_ROWS / GROUP_ROWS) group = row_group(a, place.expert, place.first_group + lane);
+        if (lane < TILE_ROWS / GROUP_ROWS) group = row_group(a, unit.expert, unit.first_group + lane);
         const u32 first = __shfl_sync(0xffffffffu, group.first, 0);
         const bool follows = group.count == 0 || group.first == first + lane * GROUP_ROWS;
         const bool in_one = __all_sync(0xffffffffu, lane >= TILE_ROWS / GROUP_ROWS || follows);
         const u32 num_groups = __popc(__ballot_sync(0xffffffffu, group.count > 0));
         const u32 x_bytes = in_one ? TILE_ROWS * ROW_BYTES : num_groups * GROUP_ROWS * ROW_BYTES;
-        const u32 column = place.column * tile_columns<FINISH, WIDTH>();
+        const u32 column = unit.column * tile_columns<FINISH, WIDTH>();
+        // The two halves of the weights: gates and ups, or one below the other.
+        const TensorMap& upper = maps.weight[unit.expert];
+        const TensorMap& lower = FINISH == GATE_UP ? maps.second[unit.expert] : maps.weight[unit.expert];
+        const u32 lower_row = FINISH == GATE_UP ? column : column + WIDTH / 2;
         for (u32 k = 0; k < a.depth; k += STEP) {
             const u32 to = stages + stage * stage_bytes(WIDTH), barrier = full + 8 * stage;
             barrier_wait(empty + 8 * stage, parity ^ 1);
             if (lane == 0) {
-                barrier_expect(barrier, x_bytes + WIDTH * ROW_BYTES);
+                barrier_expect(barrier, x_bytes + 2 * HALF_BYTES);
                 const u32 weights = to + TILE_ROWS * ROW_BYTES;
-                copy_box(weights, maps.weight[place.expert], barrier, k, column);
-                if (FINISH == GATE_UP)
-                    copy_box(weights + WIDTH / 2 * ROW_BYTES, maps.second[place.expert], barrier, k, column);
+                if (unit.shares_weights) {
+                    copy_box_to_both(weights + rank * HALF_BYTES, rank ? lower : upper, barrier, k,
+                                     rank ? lower_row : column);
+                } else {
+                    copy_box(weights, upper, barrier, k, column);
+                    copy_box(weights + HALF_BYTES, lower, barrier, k, lower_row);
+                }
                 if (in_one) copy_box(to, maps.x, barrier, k, first);
             }
             __syncwarp();  // bytes are expected before any arrive
@@ -162,7 +218,7 @@ __device__ __forceinline__ u32 finish_pair(const Product& a, float first, float 
     if (a.bias && column < a.width) bias = *reinterpret_cast<const u32*>(static_cast<const bf16*>(a.bias) + column);
     if (FINISH == BIAS) return pack_bf16(first + low_bf16(bias), second + high_bf16(bias));
     const u32 rounded_sum = pack_bf16(first + low_bf16(bias), second + high_bf16(bias));
-    return pack_bf16(gelu(low_bf16(rounded_sum)), gelu(high_bf16(rounded_sum)));
+    return pack_bf16(gelu<bf16>(low_bf16(rounded_sum)), gelu<bf16>(high_bf16(rounded_sum)));
 }
 
 // Stores one row's part of a tile: 8-column pieces `piece(j)` for j < PIECES, packed two to a register per lane of the quad.
@@ -183,6 +239,7 @@ __device__ __forceinline__ void store_row(const Product& a, bool is_row, u32 row
             r[2] = add_rounded(before.z, r[2]), r[3] = add_rounded(before.w, r[3]);
         }
         *to = make_uint4(r[0], r[1], r[2], r[3]);
+        asm volatile("" ::: "memory");  // one after the other: there are no registers to load ahead into
     }
 #pragma unroll
     for (u32 j = PIECES / 4 * 4; j < PIECES; ++j) {
@@ -230,13 +287,14 @@ __device__ __forceinline__ void store_heads(const Product& a, bool is_row, u32 r
 }
 
 template <u32 FINISH, u32 WIDTH>
-__device__ void multiply_tiles(const Product& a, u32 stages, u32 full, u32 empty, u32 num_tiles) {
+__device__ void multiply_tiles(
+    const Product& a, u32 stages, u32 full, u32 empty, u32 num_columns, u32 units, u32 rank) {
     constexpr u32 STAGES = num_stages(WIDTH);
     const u32 group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const u32 g = lane / 4, t = lane % 4;
     const u32 steps = (a.depth + STEP - 1) / STEP;
     u32 stage = 0, parity = 0;
-    for (u32 tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    for (u32 u = blockIdx.x / 2; u < units; u += gridDim.x / 2) {
         float d[WIDTH / 2];
         u32 previous = 0;
         for (u32 step = 0; step < steps; ++step) {
@@ -252,15 +310,16 @@ __device__ void multiply_tiles(const Product& a, u32 stages, u32 full, u32 empty
             wgmma_commit();
             if (step > 0) {
                 wgmma_wait<1>();  // the products of the step before have read their stage
-                if (lane == 0) barrier_arrive(empty + 8 * previous);
+                // Both blocks copy into it.
+                if (lane < 2) barrier_arrive(empty + 8 * previous, lane);
             }
             previous = stage;
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
         wgmma_wait<0>();
-        if (lane == 0) barrier_arrive(empty + 8 * previous);
+        if (lane < 2) barrier_arrive(empty + 8 * previous, lane);
 
-        const TilePlace place = tile_place(a, tile);
+        const Unit place = unit_at(a, num_columns, units, u, rank);
         const u32 column = place.column * tile_columns<FINISH, WIDTH>();
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
@@ -294,7 +353,7 @@ template <u32 FINISH, u32 WIDTH> __device__ void product(const Product& a, const
     if (threadIdx.x == 0) {
         for (u32 i = 0; i < STAGES; ++i) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, 8);  // every multiplying warp is done with a stage
+            barrier_init(empty + 8 * i, 16);  // every multiplying warp of both blocks is done with a stage
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -302,29 +361,34 @@ template <u32 FINISH, u32 WIDTH> __device__ void product(const Product& a, const
         prefetch_map(maps.weight[0]);
         prefetch_map(maps.weight[1]);
     }
-    __syncthreads();  // barriers exist
+    cluster_sync();  // barriers exist in both blocks
     allow_next();
     wait_for_previous();
     constexpr u32 COLUMNS = tile_columns<FINISH, WIDTH>();
     const u32 columns = FINISH == QKV ? 2 * a.width : a.width;
-    const u32 num_tiles = a.num_tiles_m * ((columns + COLUMNS - 1) / COLUMNS);
+    const u32 num_columns = (columns + COLUMNS - 1) / COLUMNS, units = num_units(a, num_columns), rank = cluster_rank();
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x < 32) copy_tiles<FINISH, WIDTH>(a, maps, stages, full, empty, num_tiles);
+        if (threadIdx.x < 32) copy_tiles<FINISH, WIDTH>(a, maps, stages, full, empty, num_columns, units, rank);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        multiply_tiles<FINISH, WIDTH>(a, stages, full, empty, num_tiles);
+        multiply_tiles<FINISH, WIDTH>(a, stages, full, empty, num_columns, units, rank);
     }
+    __syncwarp();
+    cluster_sync();  // neither block leaves while the other still writes or arrives here
 }
 #endif
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define BODY(FINISH, WIDTH) product<FINISH, WIDTH>(a, maps);
+#define CLUSTER __cluster_dims__(2, 1, 1)
 #else
 #define BODY(FINISH, WIDTH)
+#define CLUSTER
 #endif
 #define PRODUCT(NAME, FINISH, WIDTH)                                                                 \
-    extern "C" __global__ __launch_bounds__(THREADS, 1) void product_wgmma_##NAME##_##WIDTH(         \
+    extern "C" __global__ __launch_bounds__(THREADS, 1) CLUSTER                                         \
+        void product_wgmma_##NAME##_##WIDTH(                                                         \
         const __grid_constant__ Product a, const __grid_constant__ Maps maps) {                      \
         BODY(FINISH, WIDTH)                                                                          \
     }

@@ -86,7 +86,20 @@ fn compile_all(nvcc: &Path, kernels: &Path, out: &Path) -> String {
 }
 
 fn compile(nvcc: &Path, flags: &[String], source: &Path, fatbin: &Path) {
-    let output = Command::new(nvcc).args(flags).arg(source).arg("-o").arg(fatbin).output();
+    let text = fs::read_to_string(source).unwrap_or_else(|error| fail(&format!("{}: {error}", source.display())));
+    let all_flags = flags;
+    // Kernels for one architecture alone say so in their first line.
+    let only = text.lines().next().and_then(|line| line.strip_prefix("// architectures: "));
+    let wanted = |flag: &&String| {
+        only.is_none_or(|only| !flag.starts_with("-gencode") || flag.ends_with(&format!("code=sm_{}", only.trim())))
+    };
+    let mut flags: Vec<&String> = flags.iter().filter(wanted).collect();
+    let is_known = flags.iter().any(|flag| flag.starts_with("-gencode"));
+    let empty = "-gencode=arch=compute_80,code=compute_80".to_owned();
+    if !is_known {
+        flags.push(&empty);
+    }
+    let output = Command::new(nvcc).args(&flags).arg(source).arg("-o").arg(fatbin).output();
     let output = output.unwrap_or_else(|error| fail(&format!("{}: {error}", nvcc.display())));
     let log = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
     if !output.status.success() {
@@ -94,7 +107,7 @@ fn compile(nvcc: &Path, flags: &[String], source: &Path, fatbin: &Path) {
     }
     // What the assembler says of registers and spills: `cargo xtask kernels` reads it.
     fs::write(fatbin.with_extension("ptxas"), &log).expect("OUT_DIR can be written to");
-    fs::write(fatbin.with_extension("flags"), flags.join(" ")).expect("OUT_DIR can be written to");
+    fs::write(fatbin.with_extension("flags"), all_flags.join(" ")).expect("OUT_DIR can be written to");
 }
 
 /// The flags for the architectures that this compiler knows.

@@ -74,6 +74,11 @@ impl CudaBuffer {
         Ok(Self { memory, dtype, rows, columns })
     }
 
+    /// Its memory, without its shape.
+    pub(crate) fn into_memory(self) -> Memory {
+        self.memory
+    }
+
     pub(crate) fn address(&self) -> CUdeviceptr {
         self.memory.address
     }

@@ -7,7 +7,10 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod backend;
+pub mod bench;
 mod buffer;
+pub mod ceiling;
+mod cublas;
 mod device;
 mod driver;
 mod error;

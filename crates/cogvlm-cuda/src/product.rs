@@ -86,6 +86,8 @@ pub(crate) struct Product {
     /// Whether no weight is streamed.
     pub(crate) is_stable: bool,
     weight_dtype: DType,
+    /// All ranges; each launch takes `MAX_RANGES` of them.
+    ranges: Vec<RowRange>,
 }
 
 /// Weights of a product: the only ones or the gates, and the ups.
@@ -103,9 +105,6 @@ impl Product {
         expect_ranges(op, ranges, x.rows())?;
         let depth = x.columns();
         let used: Vec<&ExpertRange> = ranges.iter().filter(|range| !range.rows.is_empty()).collect();
-        if used.len() > MAX_RANGES {
-            return Err(unsupported(op, format!("{} ranges; one step takes at most {MAX_RANGES}", used.len())));
-        }
         let mut arguments = ProductArguments {
             x: x.address(),
             weight: [0; 2],
@@ -125,20 +124,20 @@ impl Product {
             num_kv_heads: 0,
             head_dim: 0,
             published: 0,
-            num_ranges: used.len() as u32,
+            num_ranges: 0,
             num_vision_tiles: 0,
             num_tiles_m: 0,
             ranges: [RowRange::default(); MAX_RANGES],
         };
-        let (mut groups, mut num_rows, mut is_stable, mut weight_dtype) = ([0; 2], 0, true, None);
-        for (range, entry) in used.iter().zip(&mut arguments.ranges) {
+        let (mut is_stable, mut weight_dtype) = (true, None);
+        let mut row_ranges = Vec::new();
+        for range in used {
             let (name, expert) = match range.expert {
                 Expert::Language => ("language", 0),
                 Expert::Vision => ("vision", 1),
             };
-            *entry = RowRange { first: range.rows.start as u32, end: range.rows.end as u32, expert: expert as u32 };
-            groups[expert] += range.rows.len().div_ceil(GROUP_ROWS);
-            num_rows += range.rows.len();
+            let (first, end) = (range.rows.start as u32, range.rows.end as u32);
+            row_ranges.push(RowRange { first, end, expert: expert as u32 });
             let of = |weights: ExpertWeights<'_, CudaWeight>| {
                 let weight = match range.expert {
                     Expert::Language => weights.language,
@@ -165,7 +164,9 @@ impl Product {
         let weight_dtype = weight_dtype.unwrap_or(DType::Bf16);
         arguments.weight_type = dtype_code(weight_dtype);
         let x_rows = x.rows();
-        Ok(Self { finish, arguments, x_rows, weight_rows, groups, num_rows, is_stable, weight_dtype })
+        let (groups, num_rows) = ([0; 2], 0);
+        let ranges = row_ranges;
+        Ok(Self { finish, arguments, x_rows, weight_rows, groups, num_rows, is_stable, weight_dtype, ranges })
     }
 
     /// Where plain results go.
@@ -210,11 +211,28 @@ impl Product {
         ProductArguments { num_vision_tiles: vision, num_tiles_m: language + vision, ..self.arguments }
     }
 
-    /// Computes it with the fastest kernel that takes it.
-    pub(crate) fn run(&self, cuda: &CudaBackend) -> Result<(), BackendError> {
-        if self.num_rows == 0 || self.weight_rows == 0 {
+    /// Computes it, in one launch unless there are very many ranges.
+    pub(crate) fn run(mut self, cuda: &CudaBackend) -> Result<(), BackendError> {
+        if self.weight_rows == 0 {
             return Ok(());
         }
+        for ranges in std::mem::take(&mut self.ranges).chunks(MAX_RANGES) {
+            self.arguments.num_ranges = ranges.len() as u32;
+            self.arguments.ranges[..ranges.len()].copy_from_slice(ranges);
+            self.groups = [0; 2];
+            self.num_rows = 0;
+            for range in ranges {
+                let rows = (range.end - range.first) as usize;
+                self.groups[range.expert as usize] += rows.div_ceil(GROUP_ROWS);
+                self.num_rows += rows;
+            }
+            self.launch(cuda)?;
+        }
+        Ok(())
+    }
+
+    /// Computes the rows of the ranges in `arguments` with the fastest kernel that takes it.
+    fn launch(&self, cuda: &CudaBackend) -> Result<(), BackendError> {
         let is_bf16 = cuda.activations == DType::Bf16 && self.weight_dtype == DType::Bf16;
         let depth = self.arguments.depth;
         let is_vectorised = is_bf16 && depth > 0 && depth.is_multiple_of(8);

@@ -71,7 +71,8 @@ pub(crate) fn run(cuda: &CudaBackend, product: &Product) -> Result<(), BackendEr
         Finish::Qkv => kernel!("qkv"),
     };
     let depth = arguments.depth as usize;
-    let box_rows = if product.finish == Finish::GateUp { width / 2 } else { width };
+    // Each block of a cluster copies half of the weights of a tile.
+    let box_rows = width / 2;
     let x = |rows| TensorMap::tiles(&cuda.gpu, arguments.x, [product.x_rows, depth], rows);
     let weight = |address: u64| {
         // An expert without rows has no weight here; its descriptor is never used.
@@ -92,9 +93,12 @@ pub(crate) fn run(cuda: &CudaBackend, product: &Product) -> Result<(), BackendEr
     let shared = num_stages * stage_bytes + 1024 + 16 * num_stages;
     let columns = if product.finish == Finish::GateUp { width / 2 } else { width };
     let all_columns = if product.finish == Finish::Qkv { 2 * arguments.width } else { arguments.width };
-    let num_tiles = arguments.num_tiles_m * all_columns.div_ceil(columns);
-    let launch =
-        Launch { shared, overlap: product.is_stable, ..Launch::blocks(num_tiles.min(num_multiprocessors), THREADS) };
+    let num_columns = all_columns.div_ceil(columns);
+    // As `num_units` in the kernel.
+    let (vision, language) = (arguments.num_vision_tiles, arguments.num_tiles_m - arguments.num_vision_tiles);
+    let units = (vision / 2 + language / 2) * num_columns + (vision % 2 + language % 2) * num_columns.div_ceil(2);
+    let grid = 2 * units.min(num_multiprocessors / 2);
+    let launch = Launch { shared, overlap: product.is_stable, ..Launch::blocks(grid, THREADS) };
     // SAFETY: the kernel takes a `Product` and `Maps` of bf16 matrices with a depth that is a multiple of 8 and the widths
     // that `takes` asks for; addresses, rows and widths in it were checked when it was made.
     unsafe { cuda.gpu.launch("product_wgmma", kernel, launch, &mut [arg(&arguments), arg(&maps)]) }

@@ -4,7 +4,8 @@ use cogvlm_backend::{BackendError, ElementRule, HostWeight};
 use cogvlm_core::DType;
 use cudarc::driver::sys::CUdeviceptr;
 
-use crate::backend::{CudaBackend, SCRATCH_BYTES};
+use super::rows::scratch;
+use crate::backend::CudaBackend;
 use crate::device::{Event, Gpu, Launch, arg};
 use crate::host_copy::{Queue, num_elements};
 use crate::weight::CudaWeight;
@@ -43,11 +44,11 @@ unsafe fn fill(
         // SAFETY: as the caller says.
         unsafe { make(&cuda.gpu, rule, weight.shape(), count, to) }?;
     } else if stored == DType::F32 && dtype == DType::Bf16 {
-        const PIECE: usize = SCRATCH_BYTES / 4;
-        for first in (0..count).step_by(PIECE) {
-            let piece = PIECE.min(count - first);
-            let scratch = cuda.scratch.address;
-            // SAFETY: scratch memory holds PIECE f32; the stream is past its last use before the copy begins.
+        let (scratch, scratch_bytes) = scratch(cuda);
+        let piece_len = scratch_bytes / 4;
+        for first in (0..count).step_by(piece_len) {
+            let piece = piece_len.min(count - first);
+            // SAFETY: scratch memory holds `piece_len` f32; the stream is past its last use before the copy begins.
             unsafe { cuda.loader.copy(weight, first * 4..(first + piece) * 4, scratch, Queue::Compute) }?;
             // SAFETY: `piece` f32 lie in scratch memory, and the destination has room from `first` on.
             unsafe { convert(&cuda.gpu, "convert_f32", scratch, to + 2 * first as CUdeviceptr, piece) }?;
@@ -65,7 +66,7 @@ unsafe fn fill(
     // Kernels that are launched with overlap read weights before they wait. Between them and the kernels above comes an
     // operation that waits by itself.
     // SAFETY: scratch memory is longer.
-    unsafe { cuda.gpu.zero(cuda.scratch.address, 4) }
+    unsafe { cuda.gpu.zero(scratch(cuda).0, 4) }
 }
 
 /// Rounds the `count` elements of type `stored` at `address` to bf16, to the same address, in the order of the compute
@@ -81,12 +82,12 @@ pub(crate) unsafe fn convert_in_place(
         // SAFETY: as the caller says; this kernel may work in place.
         DType::F16 => unsafe { convert(&cuda.gpu, "convert_f16", address, address, count) },
         DType::F32 => {
-            const PIECE: usize = SCRATCH_BYTES / 2;
-            let scratch = cuda.scratch.address;
-            for first in (0..count).step_by(PIECE) {
-                let (piece, offset) = (PIECE.min(count - first), first as CUdeviceptr);
+            let (scratch, scratch_bytes) = scratch(cuda);
+            let piece_len = scratch_bytes / 2;
+            for first in (0..count).step_by(piece_len) {
+                let (piece, offset) = (piece_len.min(count - first), first as CUdeviceptr);
                 // SAFETY: `piece` f32 from `first` on are as they came: what was written before ends at twice `first`
-                // bytes. Scratch memory holds PIECE bf16.
+                // bytes. Scratch memory holds `piece_len` bf16.
                 unsafe { convert(&cuda.gpu, "convert_f32", address + 4 * offset, scratch, piece) }?;
                 // SAFETY: as above; these bytes were read, by this piece or one before it.
                 unsafe { cuda.gpu.copy(scratch, address + 2 * offset, 2 * piece) }?;

@@ -21,6 +21,7 @@
 //
 // launch   grid = min(2 * units, multiprocessors), clusters of 2, block = 384       wrapper  cogvlm-cuda ops::product_wgmma
 // oracle   oracle::{expert_linear, linear, gate_up, qkv_rope_append}
+// spills allowed: product_wgmma_bias_gelu_240 90a 16 outside of its loop
 #include "include/product.cuh"
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #include "include/wgmma.cuh"

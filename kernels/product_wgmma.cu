@@ -58,12 +58,13 @@ __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Arrives at the barrier of block `rank` of the cluster.
+// Arrives at the barrier of block `rank` of the cluster. No wider release is needed: what it says is that products have
+// read a stage, and they write no memory. (With .release.cluster every step of depth pays for a fence of all memory.)
 __device__ __forceinline__ void barrier_arrive(u32 barrier, u32 rank) {
     asm volatile(
         "{\n.reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier), "r"(rank) : "memory");
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier), "r"(rank) : "memory");
 }
 // Waits for the end of the phase whose parity is `parity`.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {

@@ -372,9 +372,28 @@ pub(crate) struct BenchArgs {
     /// Prompts without an image.
     #[arg(long)]
     pub(crate) text_only: bool,
+    /// How many sequences are decoded at once, run after run, none above the batch; one comes first in any case
+    /// [default: the batch].
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    pub(crate) sequences: Vec<usize>,
+    /// Instead: time every operation of the model on the first GPU. No weights are loaded, so a configuration's name
+    /// will do for MODEL.
+    #[arg(long, conflicts_with_all = ["new_tokens", "repeats", "text_only", "sequences"])]
+    pub(crate) kernels: bool,
+    /// With --kernels: the best kernels for the GPU, or those that run on any.
+    #[arg(long, value_enum, default_value_t = KernelPathArg::Hopper, requires = "kernels", hide = true)]
+    pub(crate) path: KernelPathArg,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KernelPathArg {
+    /// `wgmma` and TMA where the GPU has them
+    Hopper,
+    /// `mma.sync` on every GPU
+    Portable,
 }
 
 #[derive(Debug, Args)]

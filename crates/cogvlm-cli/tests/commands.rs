@@ -382,7 +382,7 @@ fn bench_measures_every_part() {
         ["bench", "--model", "tiny@11", "--backend", "cpu", "--context", "64", "--repeats", "2", "--batch", "2"];
     let flags = [&flags[..], &["--prompt-tokens", "8", "--new-tokens", "8"]].concat();
     let report = cogvlm_json(&[&flags[..], &["--json"]].concat());
-    assert_eq!(report["schema"], "cogvlm-shard.bench/1");
+    assert_eq!(report["schema"], "cogvlm-shard.bench/2");
     for (key, value) in
         [("model", json!("tiny@11")), ("dtype", json!("bf16")), ("batch", json!(2)), ("repeats", json!(2))]
     {
@@ -390,6 +390,8 @@ fn bench_measures_every_part() {
     }
     // BOS, 16 patches with boi and eoi, 8 words.
     assert_eq!(report["prompt_tokens"], 1 + 18 + 8);
+    let number =
+        |place: &str| report.pointer(place).and_then(Value::as_f64).unwrap_or_else(|| panic!("{place} in {report}"));
     for place in [
         "/load/ms",
         "/load/weight_bytes",
@@ -399,10 +401,14 @@ fn bench_measures_every_part() {
         "/prefill/tokens_per_s",
         "/prefill/flops_per_s",
         "/prefill/share_of_ceiling",
-        "/decode/ms_per_step",
-        "/decode/tokens_per_s",
-        "/decode/bytes_per_s",
-        "/decode/share_of_ceiling",
+        "/decode/0/ms_per_step",
+        "/decode/0/tokens_per_s",
+        "/decode/0/bytes_per_s",
+        "/decode/0/share_of_ceiling",
+        "/decode/1/speedup",
+        "/decode/1/prefill_ms",
+        "/predicted/decode_ms",
+        "/predicted/image_ms",
         "/ceiling/read_bytes_per_s",
         "/ceiling/flops_per_s",
         "/memory/cpu/planned_bytes",
@@ -410,17 +416,84 @@ fn bench_measures_every_part() {
         "/memory/cpu/arena_bytes",
         "/memory/cpu/share_of_plan",
     ] {
-        let value = report.pointer(place).and_then(Value::as_f64).unwrap_or_else(|| panic!("{place}: {report}"));
-        assert!(value > 0.0, "{place}");
+        assert!(number(place) > 0.0, "{place}");
     }
+    assert!(number("/load/to_first_token_ms") > number("/load/ms"));
+    assert!(number("/predicted/decode_deviation_percent") > -100.0);
+    // One sequence comes first; weights are used where they are mapped.
+    let sequences: Vec<_> = report["decode"].as_array().unwrap().iter().map(|decode| &decode["sequences"]).collect();
+    assert_eq!((sequences, number("/decode/0/speedup")), (vec![&json!(1), &json!(2)], 1.0));
+    assert_eq!((&report["load"]["copied_bytes"], &report["load"]["bytes_per_s"]), (&json!(0), &Value::Null));
+
     let text = cogvlm(&[&flags[..], &["--text-only", "--dtype", "f32"]].concat());
     assert_eq!(text.code, 0, "{}", text.stderr);
-    for word in ["tiny@11 in f32", "9 prompt tokens", "load", "prefill", "decode", "tokens/s", "measured", "rank cpu"] {
+    let words = ["tiny@11 in f32 on cpu", "9 prompt tokens", "load", "cold start", "prefill", "decode 1", "decode 2"];
+    for word in [&words[..], &["tokens/s", "predicted", "measured", "1 GiB read by all cores", "rank cpu"]].concat() {
         assert!(text.stdout.contains(word), "{word}: {}", text.stdout);
     }
     let error = refusal(&["bench", "--model", "tiny@11", "--context", "32"], 1);
     assert!(error.contains("context"), "{error}");
     refusal(&["bench", "--model", "tiny@11", "--repeats", "0"], 2);
+}
+
+/// Several numbers of sequences after one load, on two virtual ranks that weights are copied to.
+#[test]
+fn bench_decodes_as_many_sequences_as_are_named() {
+    let scratch = TempDir::new().unwrap();
+    let budgets = ["--backend", "cpu", "--max-memory", "0:1GiB,1:1GiB,cpu:1GiB", "--context", "64", "--batch", "4"];
+    let plan = cogvlm_json(&[&["plan", "tiny", "--policy", "balanced", "--json"], &budgets[..]].concat());
+    let plan = write_json(scratch.path(), "plan.json", &plan);
+    let flags = ["bench", "--model", "tiny@1", "--backend", "cpu", "--device-map", arg(&plan), "--repeats", "1"];
+    let flags = [&flags[..], &["--prompt-tokens", "4", "--new-tokens", "4", "--sequences"]].concat();
+    let report = cogvlm_json(&[&flags[..], &["4,3", "--json"]].concat());
+    let decode = report["decode"].as_array().unwrap();
+    let column = |key: &str| decode.iter().map(|decode| decode[key].as_f64().expect(key)).collect::<Vec<_>>();
+    assert_eq!(column("sequences"), [1.0, 3.0, 4.0]);
+    for ((tokens_per_s, step_ms), (sequences, speedup)) in
+        column("tokens_per_s").iter().zip(column("ms_per_step")).zip(column("sequences").iter().zip(column("speedup")))
+    {
+        let expected = sequences / step_ms * 1e3;
+        assert!((tokens_per_s / expected - 1.0).abs() < 1e-9, "{decode:?}");
+        assert!((speedup / (expected / column("tokens_per_s")[0]) - 1.0).abs() < 1e-9, "{decode:?}");
+    }
+    // Each sequence adds its KV cache to what a step reads.
+    let bytes: Vec<f64> =
+        column("bytes_per_s").iter().zip(column("ms_per_step")).map(|(rate, ms)| rate * ms / 1e3).collect();
+    let of_one = (bytes[2] - bytes[1]) / bytes[0];
+    assert!(of_one > 0.0 && ((bytes[1] - bytes[0]) / bytes[0] / of_one - 2.0).abs() < 1e-6, "{bytes:?}");
+    let copied = |key: &str| report["load"][key].as_f64().unwrap_or_else(|| panic!("{key} in {report}"));
+    assert!(copied("copied_bytes") > 0.0 && copied("bytes_per_s") > 0.0);
+    assert_eq!(report["load"]["share_of_ceiling"], Value::Null, "the host has no link");
+
+    // Beyond the batch: that of the plan, and that of the flags before anything is loaded.
+    let raise = |outcome: &common::Outcome| {
+        let error = assert_refusal(outcome, 1, "too many sequences");
+        assert!(error.contains("`--sequences 5`") && outcome.stderr.contains("raise `--batch` to 5"), "{error}");
+    };
+    raise(&cogvlm(&[&flags[..], &["2,5"]].concat()));
+    raise(&cogvlm(&["bench", "--model", "nowhere", "--batch", "4", "--sequences", "5"]));
+    let error = refusal(&["bench", "--model", "tiny@1", "--sequences", "0,1"], 2);
+    assert!(error.contains("--sequences"), "{error}");
+}
+
+#[test]
+fn bench_times_kernels_on_a_gpu_alone() {
+    // The name of a configuration is enough, and there is no GPU here.
+    let outcome = cogvlm(&["bench", "--model", "cogvlm-chat-17b", "--kernels"]);
+    let error = assert_refusal(&outcome, 1, "bench --kernels");
+    assert!(error.contains("CUDA") || error.contains("NVIDIA driver"), "{error}");
+    let long = ["bench", "--model", "tiny", "--kernels", "--prompt-tokens", "18446744073709551615"];
+    assert!(refusal(&long, 1).contains("text tokens"));
+    for (flags, part) in [
+        (&["--kernels", "--backend", "cpu"][..], "--backend cpu"),
+        (&["--kernels", "--sequences", "1"], "--sequences"),
+        (&["--kernels", "--text-only"], "--text-only"),
+        (&["--path", "portable"], "--kernels"),
+    ] {
+        let outcome = cogvlm(&[&["bench", "--model", "tiny@1"], flags].concat());
+        assert_refusal(&outcome, 2, part);
+        assert!(outcome.stderr.contains(part), "{}", outcome.stderr);
+    }
 }
 
 /// Every command and flag of the contract, and nothing on stderr.
@@ -449,7 +522,7 @@ fn help_names_every_flag() {
         ("synth", &[&["--out", "--max-shard-size", "--digest"]]),
         ("generate", &[&placement, &model, &sampling, &generate]),
         ("chat", &[&placement, &model, &sampling, &["--image", "--tokenizer", "--template"]]),
-        ("bench", &[&placement, &model, &["--json"]]),
+        ("bench", &[&placement, &model, &["--sequences", "--kernels", "--json"]]),
         ("doctor", &[&["--backend", "--json"]]),
         ("demo", &[]),
         ("tokenize", &[&["--tokenizer", "--decode"]]),

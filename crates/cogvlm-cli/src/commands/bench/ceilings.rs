@@ -1,0 +1,116 @@
+//! What the hardware could do at most, measured in the same run.
+
+use cogvlm_core::{DType, Device, Unit};
+use cogvlm_cpu::ceiling as host;
+use cogvlm_cuda::ceiling as gpu;
+use cogvlm_plan::plan::Plan;
+use serde_json::{Value, json};
+
+use super::report::{flops_rate, gigabytes};
+use crate::output::note;
+
+/// Ceilings of one device, each with what was measured.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Ceilings {
+    /// What the device moves to and from its memory.
+    pub(super) bytes_per_s: f64,
+    bytes_by: String,
+    /// Its matrix arithmetic.
+    pub(super) flops_per_s: f64,
+    flops_by: String,
+    /// What reaches it from host memory; `None` for the host.
+    pub(super) link_bytes_per_s: Option<f64>,
+}
+
+/// What the link's ceiling is.
+const LINK_BY: &str = "link: copy from pinned host memory";
+
+impl Ceilings {
+    /// Of the first device that executes decoder layers. `None` where it cannot be measured, which is said.
+    pub(super) fn of(plan: &Plan, on_gpus: bool, activations: DType) -> Option<Self> {
+        let decodes = |unit: &Unit| matches!(unit, Unit::DecoderLayer(_));
+        let stage = plan.stages.iter().find(|stage| stage.units.iter().any(decodes));
+        match stage.map(|stage| stage.device) {
+            Some(Device::Gpu(ordinal)) if on_gpus => Self::of_gpu(ordinal),
+            _ => Some(Self::of_host(activations)),
+        }
+    }
+
+    fn of_host(activations: DType) -> Self {
+        Self {
+            bytes_per_s: host::read_bytes_per_s(),
+            bytes_by: "1 GiB read by all cores".to_owned(),
+            flops_per_s: host::flops_per_s(activations),
+            flops_by: format!("inner loop of a product in {activations}, operands in the first cache"),
+            link_bytes_per_s: None,
+        }
+    }
+
+    /// Of GPU `ordinal`. `None` where it cannot be measured, which is said.
+    pub(super) fn of_gpu(ordinal: u32) -> Option<Self> {
+        match gpu::measure(ordinal) {
+            Ok(measured) => Some(measured.into()),
+            Err(error) => {
+                note(&format!("no shares of what GPU {ordinal} could do, which cannot be measured: {error}"));
+                None
+            }
+        }
+    }
+
+    pub(super) fn json(&self) -> Value {
+        json!({
+            "read_bytes_per_s": self.bytes_per_s, "read_by": self.bytes_by,
+            "flops_per_s": self.flops_per_s, "flops_by": self.flops_by,
+            "link_bytes_per_s": self.link_bytes_per_s, "link_by": self.link_bytes_per_s.map(|_| LINK_BY),
+        })
+    }
+
+    /// A line for each, under one word.
+    pub(super) fn text(&self) -> String {
+        let mut measured = vec![(gigabytes(self.bytes_per_s), self.bytes_by.as_str())];
+        measured.push((flops_rate(self.flops_per_s), &self.flops_by));
+        measured.extend(self.link_bytes_per_s.map(|rate| (gigabytes(rate), LINK_BY)));
+        let line = |(index, (rate, by)): (usize, &(String, &str))| {
+            format!("  {:9} {rate:>15}   {by}", if index == 0 { "measured" } else { "" })
+        };
+        measured.iter().enumerate().map(line).collect::<Vec<_>>().join("\n")
+    }
+}
+
+impl From<gpu::Ceilings> for Ceilings {
+    fn from(measured: gpu::Ceilings) -> Self {
+        Self {
+            bytes_per_s: measured.copy_bytes_per_s,
+            bytes_by: "copy within the device, bytes read plus written".to_owned(),
+            flops_per_s: measured.gemm_flops_per_s,
+            flops_by: format!("bf16 product of 8192 x 8192 x 8192 by {}", measured.gemm_by),
+            link_bytes_per_s: Some(measured.link_bytes_per_s),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) fn example() -> Ceilings {
+    let measured =
+        gpu::Ceilings { copy_bytes_per_s: 3e12, gemm_flops_per_s: 600e12, gemm_by: "cuBLASLt", link_bytes_per_s: 50e9 };
+    measured.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ceiling_says_what_it_is() {
+        let ceilings = example();
+        let text = ceilings.text();
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        assert_eq!(lines[0], "measured      3000.0 GB/s   copy within the device, bytes read plus written");
+        assert_eq!(lines[1], "600.0 TFLOP/s   bf16 product of 8192 x 8192 x 8192 by cuBLASLt");
+        assert_eq!(lines[2], "50.0 GB/s   link: copy from pinned host memory");
+        let json = ceilings.json();
+        assert_eq!((&json["read_bytes_per_s"], &json["link_by"]), (&json!(3e12), &json!(LINK_BY)));
+        let host = Ceilings { link_bytes_per_s: None, ..ceilings };
+        assert_eq!((host.text().lines().count(), &host.json()["link_by"]), (2, &Value::Null));
+    }
+}

@@ -1,0 +1,227 @@
+//! `bench`: how fast a plan runs, each figure beside what the hardware could do, measured in the same run.
+
+mod ceilings;
+mod kernels;
+mod memory;
+mod report;
+mod work;
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use cogvlm_backend::SamplingParams;
+use cogvlm_core::tokens::TokenLayout;
+use cogvlm_core::{DType, Device, ModelSpec};
+use cogvlm_pipeline::{Event, Image, Request, StepKind};
+use cogvlm_plan::plan::Plan;
+
+use self::ceilings::Ceilings;
+use self::report::{Decode, Load, Predicted, Report, median};
+use self::work::Work;
+use crate::args::BenchArgs;
+use crate::error::{CliError, CliResult};
+use crate::output::{note, print_line};
+use crate::session::{Session, open_source};
+
+/// Times of one repetition.
+struct Run {
+    /// From the first request to the first token of any.
+    first_token: Duration,
+    vision: Duration,
+    prefill: Duration,
+    decode: Duration,
+    num_decode_steps: usize,
+}
+
+pub(crate) fn run(args: &BenchArgs) -> CliResult {
+    if args.kernels {
+        return kernels::run(args);
+    }
+    if args.repeats == 0 || args.new_tokens < 2 {
+        return Err(CliError::usage("`bench` needs `--repeats` of at least 1 and `--new-tokens` of at least 2"));
+    }
+    if args.sequences.contains(&0) {
+        return Err(CliError::usage("`--sequences` needs numbers of at least 1"));
+    }
+    // A plan from a file may have a batch of its own, which is known when it is read.
+    let placement = &args.model.placement;
+    if let Some(batch) = placement.batch.or_else(|| args.model.device_map.is_none().then_some(1)) {
+        check_sequences(&args.sequences, batch)?;
+    }
+    let start = Instant::now();
+    let mut session = Session::open(&args.model, open_source(&args.model.model)?, false)?;
+    let batch = session.plan.limits.max_sequences;
+    check_sequences(&args.sequences, batch)?;
+    let spec = session.engine.spec().clone();
+    // Counted before it is made: any number can be asked for.
+    let num_vision_tokens = if args.text_only { 0 } else { spec.num_vision_tokens() };
+    let num_prompt = args.prompt_tokens.saturating_add(1 + num_vision_tokens);
+    if num_prompt.saturating_add(args.new_tokens) > session.plan.limits.context_len {
+        return Err(CliError::new(format!(
+            "a prompt of {num_prompt} tokens and {} new ones exceed the context of {}",
+            args.new_tokens, session.plan.limits.context_len
+        ))
+        .hint("raise `--context`, or ask for fewer with `--prompt-tokens` and `--new-tokens`"));
+    }
+    let layout = prompt(&spec, args);
+
+    let opened = start.elapsed();
+    let mut to_first_token = None;
+    let mut measured = Vec::new();
+    for sequences in numbers_of_sequences(&args.sequences, batch) {
+        note(&format!("warming up, {sequences} at once"));
+        let warm_up = repetition(&mut session, &layout, args, sequences)?;
+        to_first_token.get_or_insert(opened + warm_up.first_token);
+        let mut runs = Vec::new();
+        for index in 0..args.repeats {
+            note(&format!("repetition {} of {}", index + 1, args.repeats));
+            runs.push(repetition(&mut session, &layout, args, sequences)?);
+        }
+        measured.push((sequences, runs));
+    }
+
+    let memory = memory::memory(&session);
+    let Session { engine, plan, on_gpus, source, load_time, num_threads } = session;
+    // What is measured next needs memory too.
+    drop(engine);
+    note("measuring the machine");
+    let activations = DType::from(args.model.dtype);
+    let ceilings = Ceilings::of(&plan, on_gpus, activations);
+    let work = Work::of(&spec, num_prompt, !args.text_only);
+    let kv_bytes = (spec.num_layers * spec.kv_elements_per_token() * activations.size_bytes()) as f64
+        * (num_prompt as f64 + args.new_tokens as f64 / 2.0);
+    let decode = |(sequences, runs): &(usize, Vec<Run>)| Decode {
+        sequences: *sequences,
+        step_s: median(runs.iter().map(|run| run.decode.as_secs_f64() / run.num_decode_steps.max(1) as f64)),
+        prefill_s: median(runs.iter().map(|run| run.prefill.as_secs_f64())),
+        bytes: work.hot_bytes as f64 + *sequences as f64 * kv_bytes,
+    };
+    let of_one = |time: fn(&Run) -> Duration| median(measured[0].1.iter().map(|run| time(run).as_secs_f64()));
+    let to_first_token_s = to_first_token.unwrap_or_default().as_secs_f64();
+    let report = Report {
+        model: args.model.model.clone(),
+        dtype: activations.to_string(),
+        backend: if on_gpus { "cuda" } else { "cpu" },
+        num_threads,
+        num_prompt,
+        has_image: !args.text_only,
+        batch,
+        repeats: args.repeats,
+        load: load(&plan, source.total_bytes(), load_time, to_first_token_s),
+        first_token_s: of_one(|run| run.first_token),
+        vision_s: of_one(|run| run.vision),
+        prefill_s: of_one(|run| run.prefill),
+        decode: measured.iter().map(decode).collect(),
+        work,
+        predicted: Predicted { token_s: plan.seconds_per_token, image_s: plan.seconds_per_image },
+        ceilings,
+        memory,
+    };
+    print_line(&if args.json { report.json().to_string() } else { report.text() })
+}
+
+/// Refuses more sequences than memory is planned for.
+fn check_sequences(asked: &[usize], batch: usize) -> CliResult {
+    match asked.iter().max() {
+        Some(&most) if most > batch => {
+            Err(CliError::new(format!("`--sequences {most}` exceeds the {batch} that memory is planned for"))
+                .hint(format!("raise `--batch` to {most}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// How many sequences are answered at once, run after run: one, then what was asked for, else the whole batch.
+fn numbers_of_sequences(asked: &[usize], batch: usize) -> BTreeSet<usize> {
+    let asked = if asked.is_empty() { &[batch] } else { asked };
+    asked.iter().copied().chain([1]).collect()
+}
+
+fn load(plan: &Plan, weight_bytes: u64, time: Duration, to_first_token_s: f64) -> Load {
+    let holds = plan.devices.iter().filter(|planned| matches!(planned.device, Device::Gpu(_)));
+    let copied: Vec<u64> = holds.map(|planned| planned.weight_bytes).filter(|bytes| *bytes > 0).collect();
+    Load {
+        seconds: time.as_secs_f64(),
+        weight_bytes,
+        copied_bytes: copied.iter().sum(),
+        num_links: copied.len(),
+        to_first_token_s,
+    }
+}
+
+/// BOS, the image's tokens, and ids spread over the vocabulary.
+fn prompt(spec: &ModelSpec, args: &BenchArgs) -> TokenLayout {
+    let first = 3.min(spec.vocab_size - 1);
+    let text: Vec<u32> =
+        (0..args.prompt_tokens).map(|index| (first + index * 7919 % (spec.vocab_size - first)) as u32).collect();
+    TokenLayout::new(spec, !args.text_only, &text)
+}
+
+/// Answers the prompt `sequences` times, all at once.
+fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs, sequences: usize) -> CliResult<Run> {
+    let vision = &session.engine.spec().vision;
+    let num_values = vision.num_channels * vision.image_size * vision.image_size;
+    let image = Image { pixels: (0..num_values).map(|index| (index % 509) as f32 / 254.5 - 1.0).collect() };
+    let request = |_| Request {
+        layout: layout.clone(),
+        image: (!args.text_only).then(|| image.clone()),
+        params: SamplingParams::default(),
+        max_new_tokens: args.new_tokens,
+        ignore_eos: true,
+        forced: None,
+        want_logits: false,
+        capture: false,
+        prefix: None,
+        keep_cache: false,
+    };
+    // Made before the clock starts: copies of an image take a while.
+    let requests: Vec<Request> = (0..sequences).map(request).collect();
+    let start = Instant::now();
+    for request in requests {
+        session.engine.submit(request)?;
+    }
+    let mut run = Run {
+        first_token: Duration::ZERO,
+        vision: Duration::ZERO,
+        prefill: Duration::ZERO,
+        decode: Duration::ZERO,
+        num_decode_steps: 0,
+    };
+    while let Some(report) = session.engine.step()? {
+        if run.first_token.is_zero() && report.events.iter().any(|event| matches!(event, Event::Token { .. })) {
+            run.first_token = start.elapsed();
+        }
+        match report.kind {
+            StepKind::Prefill => {
+                run.vision += report.vision_time;
+                run.prefill += report.elapsed;
+            }
+            StepKind::Decode => {
+                run.decode += report.elapsed;
+                run.num_decode_steps += 1;
+            }
+        }
+    }
+    Ok(run)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_sequence_comes_first() {
+        let numbers = |asked: &[usize], batch| numbers_of_sequences(asked, batch).into_iter().collect::<Vec<_>>();
+        assert_eq!(numbers(&[], 1), [1]);
+        assert_eq!(numbers(&[], 4), [1, 4]);
+        assert_eq!(numbers(&[4, 2, 4], 8), [1, 2, 4]);
+    }
+
+    #[test]
+    fn sequences_beyond_the_batch_are_refused() {
+        assert!(check_sequences(&[], 0).is_ok(), "what a batch of none means is said elsewhere");
+        assert!(check_sequences(&[1, 4], 4).is_ok());
+        let error = check_sequences(&[1, 8, 2], 4).unwrap_err().render();
+        assert!(error.contains("`--sequences 8`") && error.contains("raise `--batch` to 8"), "{error}");
+    }
+}

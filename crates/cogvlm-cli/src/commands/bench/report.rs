@@ -1,0 +1,352 @@
+//! From measured times to rates and shares, and to text and JSON.
+
+use cogvlm_core::memory::format_bytes;
+use serde_json::{Map, Value, json};
+
+use super::ceilings::Ceilings;
+use super::memory::DeviceMemory;
+use super::work::Work;
+
+/// What a run of `bench` found. Times are medians in seconds.
+pub(super) struct Report {
+    pub(super) model: String,
+    pub(super) dtype: String,
+    pub(super) backend: &'static str,
+    pub(super) num_threads: usize,
+    /// Tokens of one prompt, the image's included.
+    pub(super) num_prompt: usize,
+    pub(super) has_image: bool,
+    /// Sequences that memory is planned for.
+    pub(super) batch: usize,
+    pub(super) repeats: usize,
+    pub(super) load: Load,
+    /// Of one sequence: from the request to its first token.
+    pub(super) first_token_s: f64,
+    pub(super) vision_s: f64,
+    pub(super) prefill_s: f64,
+    pub(super) work: Work,
+    /// For each number of sequences, that of one first.
+    pub(super) decode: Vec<Decode>,
+    pub(super) predicted: Predicted,
+    pub(super) ceilings: Option<Ceilings>,
+    pub(super) memory: Vec<DeviceMemory>,
+}
+
+/// Loading.
+pub(super) struct Load {
+    pub(super) seconds: f64,
+    /// All weights, wherever they rest.
+    pub(super) weight_bytes: u64,
+    /// Those that were copied to numbered devices.
+    pub(super) copied_bytes: u64,
+    /// Numbered devices that hold weights. Each loads by a thread and a link of its own.
+    pub(super) num_links: usize,
+    /// From the start of the command to the first token of the first request, before which nothing has run.
+    pub(super) to_first_token_s: f64,
+}
+
+impl Load {
+    /// `None` where weights are used where they are mapped.
+    fn bytes_per_s(&self) -> Option<f64> {
+        (self.copied_bytes > 0).then(|| self.copied_bytes as f64 / self.seconds)
+    }
+
+    fn share_of_links(&self, ceilings: Option<&Ceilings>) -> Option<f64> {
+        let link = ceilings?.link_bytes_per_s?;
+        Some(self.bytes_per_s()? / (link * self.num_links.max(1) as f64))
+    }
+
+    fn json(&self, ceilings: Option<&Ceilings>) -> Value {
+        json!({
+            "ms": self.seconds * 1e3, "weight_bytes": self.weight_bytes, "copied_bytes": self.copied_bytes,
+            "bytes_per_s": self.bytes_per_s(), "share_of_ceiling": self.share_of_links(ceilings),
+            "to_first_token_ms": self.to_first_token_s * 1e3,
+        })
+    }
+
+    fn text(&self, ceilings: Option<&Ceilings>) -> String {
+        let copied = self.bytes_per_s().map_or_else(String::new, |rate| {
+            let share = self.share_of_links(ceilings).map(|share| format!(" = {:.0} % of the link", 100.0 * share));
+            format!(", {} copied, {}{}", format_bytes(self.copied_bytes), gigabytes(rate), share.unwrap_or_default())
+        });
+        let (ms, first) = (self.seconds * 1e3, self.to_first_token_s * 1e3);
+        let weights = format_bytes(self.weight_bytes);
+        format!(
+            "  load      {ms:9.1} ms   {weights} of weights{copied}\n  cold start{first:9.1} ms   from the command to \
+             its first token, of one sequence"
+        )
+    }
+}
+
+/// Decoding so many sequences at once.
+pub(super) struct Decode {
+    pub(super) sequences: usize,
+    pub(super) step_s: f64,
+    /// Of all their prompts, before it.
+    pub(super) prefill_s: f64,
+    /// Counted for one step: the weights that a token needs, once, and the KV cache of every sequence.
+    pub(super) bytes: f64,
+}
+
+impl Decode {
+    fn tokens_per_s(&self) -> f64 {
+        self.sequences as f64 / self.step_s
+    }
+
+    fn bytes_per_s(&self) -> f64 {
+        self.bytes / self.step_s
+    }
+
+    fn share(&self, ceilings: Option<&Ceilings>) -> Option<f64> {
+        ceilings.map(|ceilings| self.bytes_per_s() / ceilings.bytes_per_s)
+    }
+
+    fn json(&self, first: &Self, ceilings: Option<&Ceilings>) -> Value {
+        json!({
+            "sequences": self.sequences, "ms_per_step": self.step_s * 1e3, "tokens_per_s": self.tokens_per_s(),
+            "bytes_per_s": self.bytes_per_s(), "share_of_ceiling": self.share(ceilings),
+            "speedup": self.tokens_per_s() / first.tokens_per_s(), "prefill_ms": self.prefill_s * 1e3,
+        })
+    }
+
+    fn text(&self, first: &Self, ceilings: Option<&Ceilings>) -> String {
+        format!(
+            "  decode {:<3}{:9.2} ms {:10.1} tokens/s x {:5.2} {:>15}{}",
+            self.sequences,
+            self.step_s * 1e3,
+            self.tokens_per_s(),
+            self.tokens_per_s() / first.tokens_per_s(),
+            gigabytes(self.bytes_per_s()),
+            percent(self.share(ceilings))
+        )
+    }
+}
+
+/// What the plan expected, from rates that it assumes.
+pub(super) struct Predicted {
+    /// A decoded token of one sequence.
+    pub(super) token_s: f64,
+    /// The prefill of an image.
+    pub(super) image_s: f64,
+}
+
+impl Report {
+    fn token_deviation(&self) -> Option<f64> {
+        deviation_percent(self.decode[0].step_s, self.predicted.token_s)
+    }
+
+    fn image_deviation(&self) -> Option<f64> {
+        if self.has_image { deviation_percent(self.prefill_s, self.predicted.image_s) } else { None }
+    }
+
+    fn share_of_flops(&self, rate: f64) -> Option<f64> {
+        self.ceilings.as_ref().map(|ceilings| rate / ceilings.flops_per_s)
+    }
+
+    fn vision_rate(&self) -> f64 {
+        self.work.vision_flops / self.vision_s.max(1e-12)
+    }
+
+    fn prefill_rate(&self) -> f64 {
+        self.work.prefill_flops / self.prefill_s
+    }
+
+    pub(super) fn json(&self) -> Value {
+        let ceilings = self.ceilings.as_ref();
+        let (vision, prefill) = (self.vision_rate(), self.prefill_rate());
+        let memory: Map<String, Value> =
+            self.memory.iter().map(|memory| (memory.device.to_string(), memory.json())).collect();
+        json!({
+            "schema": "cogvlm-shard.bench/2",
+            "model": self.model,
+            "dtype": self.dtype,
+            "backend": self.backend,
+            "threads": self.num_threads,
+            "prompt_tokens": self.num_prompt,
+            "batch": self.batch,
+            "repeats": self.repeats,
+            "load": self.load.json(ceilings),
+            "ttft": {"ms": self.first_token_s * 1e3},
+            "vision": {
+                "ms": self.vision_s * 1e3, "flops_per_s": vision, "share_of_ceiling": self.share_of_flops(vision),
+            },
+            "prefill": {
+                "ms": self.prefill_s * 1e3, "tokens_per_s": self.num_prompt as f64 / self.prefill_s,
+                "flops_per_s": prefill, "share_of_ceiling": self.share_of_flops(prefill),
+            },
+            "decode": self.decode.iter().map(|decode| decode.json(&self.decode[0], ceilings)).collect::<Vec<_>>(),
+            "predicted": {
+                "decode_ms": self.predicted.token_s * 1e3, "decode_deviation_percent": self.token_deviation(),
+                "image_ms": self.predicted.image_s * 1e3, "image_deviation_percent": self.image_deviation(),
+            },
+            "ceiling": ceilings.map(Ceilings::json),
+            "memory": memory,
+        })
+    }
+
+    pub(super) fn text(&self) -> String {
+        let ceilings = self.ceilings.as_ref();
+        let arithmetic = |rate: f64| format!("{:>15}{}", flops_rate(rate), percent(self.share_of_flops(rate)));
+        let predicted = |seconds: f64, deviation: Option<f64>| {
+            deviation.map(|deviation| format!("   predicted {:.2} ms: {deviation:+.0} %", seconds * 1e3))
+        };
+        let mut lines = vec![
+            format!(
+                "{} in {} on {}, {} prompt tokens, medians of {}",
+                self.model, self.dtype, self.backend, self.num_prompt, self.repeats
+            ),
+            self.load.text(ceilings),
+            format!("  ttft      {:9.1} ms   from the request to the first token", self.first_token_s * 1e3),
+        ];
+        if self.has_image {
+            let vision = arithmetic(self.vision_rate());
+            lines.push(format!("  vision    {:9.1} ms   of the prefill            {vision}", self.vision_s * 1e3));
+        }
+        lines.push(format!(
+            "  prefill   {:9.1} ms {:10.1} tokens/s         {}{}",
+            self.prefill_s * 1e3,
+            self.num_prompt as f64 / self.prefill_s,
+            arithmetic(self.prefill_rate()),
+            predicted(self.predicted.image_s, self.image_deviation()).unwrap_or_default()
+        ));
+        lines.extend(self.decode.iter().enumerate().map(|(index, decode)| {
+            let of_one = predicted(self.predicted.token_s, self.token_deviation()).filter(|_| index == 0);
+            decode.text(&self.decode[0], ceilings) + &of_one.unwrap_or_default()
+        }));
+        lines.extend(ceilings.map(Ceilings::text));
+        lines.extend(self.memory.iter().map(DeviceMemory::text));
+        lines.join("\n")
+    }
+}
+
+/// How far a measured time lies above the predicted one.
+fn deviation_percent(measured: f64, predicted: f64) -> Option<f64> {
+    (predicted > 0.0 && predicted.is_finite()).then(|| 100.0 * (measured / predicted - 1.0))
+}
+
+pub(super) fn gigabytes(rate: f64) -> String {
+    format!("{:.1} GB/s", rate / 1e9)
+}
+
+pub(super) fn flops_rate(rate: f64) -> String {
+    if rate < 1e12 { format!("{:.1} GFLOP/s", rate / 1e9) } else { format!("{:.1} TFLOP/s", rate / 1e12) }
+}
+
+/// A share behind the rate that it is of, where it is known.
+pub(super) fn percent(share: Option<f64>) -> String {
+    share.map_or_else(String::new, |share| format!(" = {:3.0} %", 100.0 * share))
+}
+
+pub(super) fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ceilings::example;
+    use super::*;
+
+    fn near(found: &Value, expected: f64) {
+        let number = found.as_f64().unwrap_or_else(|| panic!("{found} is no number"));
+        assert!((number / expected - 1.0).abs() < 1e-9, "{number} for {expected}");
+    }
+
+    fn report() -> Report {
+        let load = Load {
+            seconds: 2.0,
+            weight_bytes: 60_000_000_000,
+            copied_bytes: 50_000_000_000,
+            num_links: 2,
+            to_first_token_s: 2.5,
+        };
+        Report {
+            model: "tiny@1".to_owned(),
+            dtype: "bf16".to_owned(),
+            backend: "cuda",
+            num_threads: 2,
+            num_prompt: 100,
+            has_image: true,
+            batch: 4,
+            repeats: 3,
+            load,
+            first_token_s: 0.06,
+            vision_s: 0.02,
+            prefill_s: 0.05,
+            work: Work { hot_bytes: 0, vision_flops: 6e12, prefill_flops: 15e12 },
+            decode: [(1, 0.010, 15e9), (4, 0.016, 18e9)]
+                .map(|(sequences, step_s, bytes)| Decode { sequences, step_s, prefill_s: 0.05, bytes })
+                .into(),
+            predicted: Predicted { token_s: 0.008, image_s: 0.1 },
+            ceilings: Some(example()),
+            memory: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn rates_and_shares_are_those_of_the_measured_times() {
+        let json = report().json();
+        for (place, expected) in [
+            ("/load/bytes_per_s", 25e9),
+            // Two links of 50 GB/s each.
+            ("/load/share_of_ceiling", 0.25),
+            ("/load/to_first_token_ms", 2500.0),
+            ("/vision/share_of_ceiling", 0.5),
+            ("/prefill/tokens_per_s", 2000.0),
+            ("/prefill/share_of_ceiling", 0.5),
+            ("/decode/0/tokens_per_s", 100.0),
+            ("/decode/0/bytes_per_s", 1.5e12),
+            ("/decode/0/share_of_ceiling", 0.5),
+            ("/decode/0/speedup", 1.0),
+            ("/decode/1/sequences", 4.0),
+            ("/decode/1/ms_per_step", 16.0),
+            ("/decode/1/tokens_per_s", 250.0),
+            ("/decode/1/speedup", 2.5),
+            ("/decode/1/share_of_ceiling", 0.375),
+            ("/predicted/decode_deviation_percent", 25.0),
+            ("/predicted/image_deviation_percent", -50.0),
+        ] {
+            near(json.pointer(place).unwrap_or_else(|| panic!("{place}: {json}")), expected);
+        }
+    }
+
+    #[test]
+    fn text_fits_a_screen_and_has_a_line_for_each_number_of_sequences() {
+        let text = report().text();
+        let line = |start: &str| text.lines().find(|line| line.trim_start().starts_with(start)).expect(start);
+        assert!(line("load").ends_with("46.57 GiB copied, 25.0 GB/s = 25 % of the link"), "{text}");
+        assert!(line("prefill").contains("300.0 TFLOP/s =  50 %   predicted 100.00 ms: -50 %"), "{text}");
+        assert!(line("decode 1").contains("1500.0 GB/s =  50 %   predicted 8.00 ms: +25 %"), "{text}");
+        assert!(line("decode 4").contains("250.0 tokens/s x  2.50"), "{text}");
+        assert!(!line("decode 4").contains("predicted"), "the prediction is of one sequence: {text}");
+        assert!(text.lines().all(|line| line.len() <= 120), "{text}");
+    }
+
+    #[test]
+    fn shares_are_left_out_where_nothing_measured_them() {
+        let report = Report { ceilings: None, has_image: false, ..report() };
+        let json = report.json();
+        for place in ["/ceiling", "/load/share_of_ceiling", "/decode/0/share_of_ceiling", "/prefill/share_of_ceiling"] {
+            assert_eq!(json.pointer(place), Some(&Value::Null), "{place}");
+        }
+        assert_eq!(json["predicted"]["image_deviation_percent"], Value::Null, "no image");
+        let text = report.text();
+        assert!(!text.contains("measured") && !text.contains("vision"), "{text}");
+        assert_eq!(text.matches(" %").count(), 1, "the deviation of decoding alone: {text}");
+    }
+
+    #[test]
+    fn deviations_need_a_prediction() {
+        assert_eq!(deviation_percent(3.0, 2.0), Some(50.0));
+        assert_eq!(deviation_percent(3.0, 0.0), None);
+        assert_eq!(deviation_percent(3.0, f64::INFINITY), None);
+    }
+
+    #[test]
+    fn medians() {
+        assert_eq!(median([3.0, 1.0, 2.0].into_iter()), 2.0);
+        assert_eq!(median([4.0, 1.0, 2.0, 3.0].into_iter()), 2.5);
+    }
+}

@@ -8,6 +8,7 @@
 use std::env;
 use std::fmt::Write as _;
 use std::fs;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -39,32 +40,26 @@ fn main() {
         (other, _) => fail(&format!("COGVLM_CUDA={other}: it may be `off` or `require`")),
     };
     let list = format!("pub(crate) static MODULES: &[(&str, &[u8])] = &[\n{list}];\n");
-    fs::write(out.join("modules.rs"), list).expect("OUT_DIR can be written to");
+    write(&out.join("modules.rs"), list.as_bytes());
 }
 
-/// Compiles every kernel that is newer than its fat binary; gives the lines of the list.
+/// Compiles every kernel that was not compiled as it is now; gives the lines of the list.
 fn compile_all(nvcc: &Path, kernels: &Path, out: &Path) -> String {
-    let mut sources: Vec<PathBuf> = fs::read_dir(kernels)
-        .unwrap_or_else(|error| fail(&format!("{}: {error}", kernels.display())))
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
-        .collect();
-    sources.sort();
+    let sources = files(kernels, "cu");
     let flags = flags(nvcc);
-    let includes = newest(&kernels.join("include"));
+    let compiler = format!("{}\n{}\n", answer(nvcc, "--version"), flags.join(" "));
+    let includes: String = files(&kernels.join("include"), "cuh").iter().map(|path| read(path)).collect();
+    let others = other_builds(out);
     let mut list = String::new();
-    let mut waiting: Vec<(PathBuf, PathBuf)> = Vec::new();
+    let mut waiting: Vec<(PathBuf, PathBuf, String)> = Vec::new();
     for source in &sources {
         let name = source.file_stem().and_then(|name| name.to_str()).expect("kernels have plain names");
         let fatbin = out.join(format!("{name}.fatbin"));
-        let stamp = out.join(format!("{name}.flags"));
-        let newest_source = newest(source).max(includes);
-        let is_fresh =
-            fs::metadata(&fatbin).and_then(|data| data.modified()).is_ok_and(|built| Some(built) > newest_source)
-                && fs::read_to_string(&stamp).is_ok_and(|text| text == flags.join(" "));
-        if !is_fresh {
-            waiting.push((source.clone(), fatbin.clone()));
+        let mut hasher = DefaultHasher::new();
+        (read(source), &includes).hash(&mut hasher);
+        let key = format!("{compiler}{:016x}\n", hasher.finish());
+        if !is_built(&fatbin, &key) && !others.iter().any(|other| take_over(&other.join(name), &fatbin, &key)) {
+            waiting.push((source.clone(), fatbin.clone(), key));
         }
         writeln!(list, "    ({name:?}, include_bytes!({:?})),", fatbin.display().to_string()).expect("memory");
     }
@@ -74,10 +69,13 @@ fn compile_all(nvcc: &Path, kernels: &Path, out: &Path) -> String {
         for _ in 0..num_threads {
             scope.spawn(|| {
                 loop {
-                    let Some((source, fatbin)) = queue.lock().expect("no thread panics with the lock").pop() else {
+                    let Some((source, fatbin, key)) = queue.lock().expect("no thread panics with the lock").pop()
+                    else {
                         break;
                     };
+                    let _ = fs::remove_file(fatbin.with_extension("key"));
                     compile(nvcc, &flags, &source, &fatbin);
+                    write(&fatbin.with_extension("key"), key.as_bytes());
                 }
             });
         }
@@ -85,9 +83,51 @@ fn compile_all(nvcc: &Path, kernels: &Path, out: &Path) -> String {
     list
 }
 
+/// Whether `fatbin` was made by the compiler and of the sources of `key`.
+fn is_built(fatbin: &Path, key: &str) -> bool {
+    fatbin.is_file() && fs::read_to_string(fatbin.with_extension("key")).is_ok_and(|text| text == key)
+}
+
+/// The directories where other builds of this crate write, of other profiles or by clippy: OUT_DIR is
+/// TARGET/PROFILE/build/cogvlm-cuda-HASH/out.
+fn other_builds(out: &Path) -> Vec<PathBuf> {
+    let entries = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let profiles = out.ancestors().nth(4).into_iter().flat_map(entries);
+    let builds = profiles.flat_map(|profile| entries(&profile.join("build")));
+    let is_ours = |build: &PathBuf| {
+        build.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("cogvlm-cuda-"))
+    };
+    builds.filter(is_ours).map(|build| build.join("out")).filter(|other| other != out).collect()
+}
+
+/// Copies what another build made, where it is what this one would make.
+fn take_over(other: &Path, fatbin: &Path, key: &str) -> bool {
+    let other = other.with_extension("fatbin");
+    let copy = |ending: &str| fs::copy(other.with_extension(ending), fatbin.with_extension(ending)).is_ok();
+    // The key is there as long as it is true. Asked again after copying: the other build may have begun anew meanwhile.
+    let _ = fs::remove_file(fatbin.with_extension("key"));
+    is_built(&other, key) && copy("fatbin") && copy("ptxas") && is_built(&other, key) && copy("key")
+}
+
+/// The files in `folder` with this ending, by name.
+fn files(folder: &Path, ending: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap_or_else(|error| fail(&format!("{}: {error}", folder.display())));
+    let paths = entries.flatten().map(|entry| entry.path());
+    let mut paths: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|found| found == ending)).collect();
+    paths.sort();
+    paths
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| fail(&format!("{}: {error}", path.display())))
+}
+
+fn write(path: &Path, bytes: &[u8]) {
+    fs::write(path, bytes).unwrap_or_else(|error| fail(&format!("{}: {error}", path.display())));
+}
+
 fn compile(nvcc: &Path, flags: &[String], source: &Path, fatbin: &Path) {
-    let text = fs::read_to_string(source).unwrap_or_else(|error| fail(&format!("{}: {error}", source.display())));
-    let all_flags = flags;
+    let text = read(source);
     // Kernels for one architecture alone say so in their first line.
     let only = text.lines().next().and_then(|line| line.strip_prefix("// architectures: "));
     let wanted = |flag: &&String| {
@@ -106,15 +146,19 @@ fn compile(nvcc: &Path, flags: &[String], source: &Path, fatbin: &Path) {
         fail(&format!("{} cannot compile {}:\n{log}", nvcc.display(), source.display()));
     }
     // What the assembler says of registers and spills: `cargo xtask kernels` reads it.
-    fs::write(fatbin.with_extension("ptxas"), &log).expect("OUT_DIR can be written to");
-    fs::write(fatbin.with_extension("flags"), all_flags.join(" ")).expect("OUT_DIR can be written to");
+    write(&fatbin.with_extension("ptxas"), log.as_bytes());
+}
+
+/// What the compiler prints for `flag`.
+fn answer(nvcc: &Path, flag: &str) -> String {
+    let output = Command::new(nvcc).arg(flag).output();
+    let output = output.unwrap_or_else(|error| fail(&format!("{}: {error}", nvcc.display())));
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 /// The flags for the architectures that this compiler knows.
 fn flags(nvcc: &Path) -> Vec<String> {
-    let output = Command::new(nvcc).arg("--list-gpu-code").output();
-    let output = output.unwrap_or_else(|error| fail(&format!("{}: {error}", nvcc.display())));
-    let known = String::from_utf8_lossy(&output.stdout).into_owned();
+    let known = answer(nvcc, "--list-gpu-code");
     let known: Vec<&str> = known.split_whitespace().collect();
     let wanted = env::var("COGVLM_CUDA_ARCHITECTURES").unwrap_or_else(|_| ARCHITECTURES.join(","));
     let mut flags: Vec<String> =
@@ -126,14 +170,11 @@ fn flags(nvcc: &Path) -> Vec<String> {
         }
     }
     flags.push(format!("-gencode=arch=compute_{PTX_ARCHITECTURE},code=compute_{PTX_ARCHITECTURE}"));
+    // Every executable with the kernels holds all of them: a fifth of the size, where the compiler can.
+    if answer(nvcc, "--help").contains("--compress-mode") {
+        flags.push("--compress-mode=size".to_owned());
+    }
     flags
-}
-
-/// Time of the last change under `path`.
-fn newest(path: &Path) -> Option<std::time::SystemTime> {
-    let own = fs::metadata(path).and_then(|data| data.modified()).ok();
-    let entries = fs::read_dir(path).into_iter().flatten().flatten();
-    entries.map(|entry| newest(&entry.path())).chain([own]).max().flatten()
 }
 
 /// nvcc by its real path: called through a link it looks for its files beside the link.

@@ -164,5 +164,7 @@ __device__ void product(const Product& a) {
 PRODUCTS(bias, BIAS)
 PRODUCTS(residual, RESIDUAL)
 PRODUCTS(gate_up, GATE_UP)
-PRODUCTS(qkv, QKV)
+// The rotation takes registers from the loads.
+PRODUCT(qkv_8, QKV, 8, 1, 4)
+PRODUCT(qkv_16, QKV, 8, 2, 2)
 PRODUCTS(logits, LOGITS)

@@ -1,16 +1,32 @@
-//! Every golden case, through `generate`: same prompt, ids, types, positions, hidden states, logits, tokens, text.
+//! Every golden case, through `generate`: same prompt, ids, types, positions, hidden states, logits, tokens, text. On
+//! the host, and as ignored tests on a GPU.
 
 mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{arg, cogvlm, cogvlm_json, ids, read_tensor, relative_rms, repo, tensor_names};
+use common::{Outcome, arg, cogvlm, cogvlm_with_gpus, ids, json_of, read_tensor, relative_rms, repo, tensor_names};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// Relative RMS that two right f32 implementations stay within: they differ by 1e-6 to 2e-6, the smallest mistake known
-/// on these cases (the tanh form of gelu, in `odd/long`) by 1.7e-5.
-const F32_BOUND: f64 = 5e-6;
+/// Where a case runs.
+#[derive(Clone, Copy)]
+struct Target {
+    /// `--backend`, and what it may use.
+    arguments: &'static [&'static str],
+    run: fn(&[&str]) -> Outcome,
+    /// Relative RMS of an f32 answer.
+    f32_bound: f64,
+}
+
+/// Two right f32 implementations differ by 1e-6 to 2e-6, the smallest mistake known on these cases (the tanh form of
+/// gelu, in `odd/long`) by 1.7e-5.
+const CPU: Target = Target { arguments: &["--backend", "cpu"], run: cogvlm, f32_bound: 5e-6 };
+/// One GPU, within what ARCHITECTURE.md promises of every backend.
+const GPU: Target =
+    Target { arguments: &["--backend", "cuda", "--max-memory", "0:8GiB"], run: cogvlm_with_gpus, f32_bound: 2e-5 };
+/// All memory of all GPUs.
+const GPUS: Target = Target { arguments: &["--backend", "cuda"], ..GPU };
 /// bf16 may be this much worse than the reference in bf16.
 const BF16_FACTOR: f64 = 1.25;
 
@@ -18,13 +34,14 @@ const BF16_FACTOR: f64 = 1.25;
 struct Golden {
     file: PathBuf,
     json: Value,
+    target: Target,
 }
 
 impl Golden {
-    fn open(name: &str) -> Self {
+    fn open(name: &str, target: Target) -> Self {
         let file = repo(&format!("tests/goldens/{name}.json"));
         let json = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
-        Self { file, json }
+        Self { file, json, target }
     }
 
     fn tensors(&self) -> PathBuf {
@@ -35,6 +52,12 @@ impl Golden {
         arg(&self.file.with_file_name(name)).to_owned()
     }
 
+    /// Runs the program there, which has to succeed, and reads the JSON object that it prints.
+    fn run(&self, arguments: &[String]) -> Value {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        json_of(&(self.target.run)(&arguments), &arguments)
+    }
+
     /// `NAME@SEED`, of a built-in configuration or of the file beside the case.
     fn model(&self) -> String {
         let config = self.json["config"].as_str().unwrap();
@@ -43,15 +66,16 @@ impl Golden {
     }
 
     /// The request as arguments. JPEGs are given as their decoded pixels, since decoders differ by a level or two.
-    fn arguments(&self, dir: &Path) -> Vec<String> {
+    fn arguments(&self, model: &str, dir: &Path) -> Vec<String> {
         let text = |key: &str| self.json[key].as_str().unwrap().to_owned();
         let mut arguments: Vec<String> =
-            ["generate", "--json", "--backend", "cpu", "--ignore-eos", "--tokenizer", "tests/goldens/tokenizer.model"]
+            ["generate", "--json", "--ignore-eos", "--tokenizer", "tests/goldens/tokenizer.model"]
                 .map(str::to_owned)
                 .into();
+        arguments.extend(self.target.arguments.iter().map(|argument| (*argument).to_owned()));
         arguments.extend([
             "--model".to_owned(),
-            self.model(),
+            model.to_owned(),
             "--prompt".to_owned(),
             text("query"),
             "--template".to_owned(),
@@ -71,7 +95,7 @@ impl Golden {
     fn check_f32(&self) {
         let dir = TempDir::new().unwrap();
         let (logits, states) = (dir.path().join("logits.safetensors"), dir.path().join("states.safetensors"));
-        let mut arguments = self.arguments(dir.path());
+        let mut arguments = self.arguments(&self.model(), dir.path());
         arguments.extend(
             [
                 "--dtype",
@@ -85,16 +109,15 @@ impl Golden {
             ]
             .map(str::to_owned),
         );
-        let found = cogvlm_json(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
-        for key in ["prompt", "input_ids", "token_type_ids", "position_ids"] {
-            assert_eq!(found[key], self.json[key], "{key}");
-        }
+        let found = self.run(&arguments);
+        self.check_inputs(&found);
         self.check_hidden_states(&states);
         let (shape, values) = read_tensor(&logits, "logits").unwrap();
         assert_eq!(shape, [32, 32000]);
         let (_, golden) = read_tensor(&self.tensors(), "logits").unwrap();
         let error = relative_rms(&values[..32000], &golden);
-        assert!(error <= F32_BOUND, "logits are off by {error:e}");
+        let bound = self.target.f32_bound;
+        assert!(error <= bound, "logits are off by {error:e}");
         let greedy = &self.json["greedy"];
         assert_eq!(found["output_ids"], greedy["tokens"]);
         assert_eq!(found["text"], greedy["text_skip_special"]);
@@ -107,15 +130,22 @@ impl Golden {
             for (id, logit) in best {
                 let found = f64::from(row[id.as_u64().unwrap() as usize]);
                 // The best logits are about 10; recorded with six decimals.
-                assert!((found - logit.as_f64().unwrap()).abs() < 20.0 * F32_BOUND, "step {step}: {found} for {logit}");
+                assert!((found - logit.as_f64().unwrap()).abs() < 20.0 * bound, "step {step}: {found} for {logit}");
             }
         }
         assert_eq!(found["finish_reason"], "length");
         assert_eq!(found["usage"]["completion_tokens"], 32);
     }
 
+    fn check_inputs(&self, found: &Value) {
+        for key in ["prompt", "input_ids", "token_type_ids", "position_ids"] {
+            assert_eq!(found[key], self.json[key], "{key}");
+        }
+    }
+
     /// Where the case stores a tensor, all of it; else its first and last sixteen values and its moments.
     fn check_hidden_states(&self, states: &Path) {
+        let bound = self.target.f32_bound;
         let stats = self.json["stats"].as_object().unwrap();
         let stored = tensor_names(&self.tensors());
         assert!(!stats.is_empty());
@@ -124,47 +154,54 @@ impl Golden {
             if name == "llm.norm" {
                 // Only the row that logits are wanted of is normalised.
                 let golden = numbers(&stats["last16"]);
-                close(&found[found.len() - 16..], &golden, name);
+                close(&found[found.len() - 16..], &golden, name, bound);
                 continue;
             }
             assert_eq!(shape.iter().map(|size| *size as u64).collect::<Vec<_>>(), ids(&stats["shape"]), "{name}");
             if stored.contains(name) {
                 let error = relative_rms(&found, &read_tensor(&self.tensors(), name).unwrap().1);
-                assert!(error <= F32_BOUND, "`{name}` is off by {error:e}");
+                assert!(error <= bound, "`{name}` is off by {error:e}");
             }
-            close(&found[..16], &numbers(&stats["first16"]), name);
-            close(&found[found.len() - 16..], &numbers(&stats["last16"]), name);
+            close(&found[..16], &numbers(&stats["first16"]), name, bound);
+            close(&found[found.len() - 16..], &numbers(&stats["last16"]), name, bound);
             let mean = found.iter().map(|value| f64::from(*value)).sum::<f64>() / found.len() as f64;
             let variance =
                 found.iter().map(|value| (f64::from(*value) - mean).powi(2)).sum::<f64>() / found.len() as f64;
             let std = stats["std"].as_f64().unwrap();
-            assert!((variance.sqrt() / std - 1.0).abs() < F32_BOUND, "standard deviation of `{name}`");
-            assert!((mean - stats["mean"].as_f64().unwrap()).abs() < F32_BOUND * std, "mean of `{name}`");
+            assert!((variance.sqrt() / std - 1.0).abs() < bound, "standard deviation of `{name}`");
+            assert!((mean - stats["mean"].as_f64().unwrap()).abs() < bound * std, "mean of `{name}`");
         }
     }
 
     /// In bf16, fed with the golden tokens: no further from the f32 answer than the reference in bf16.
     fn check_bf16(&self, rope: &str) {
+        let reference = &self.json["bf16"][if rope == "published" { "model" } else { "f32" }];
+        let allowed = BF16_FACTOR * reference["logits_rel_rms_error"].as_f64().unwrap();
+        // Tokens are decided where the margin is above twice the error of the reference.
+        let undecided = 2.0 * reference["logits_max_abs_error"].as_f64().unwrap();
+        let error = self.check_forced(&self.model(), ["bf16", rope], allowed, undecided);
+        // bf16 is no f32: the flag does something.
+        assert!(error > self.target.f32_bound, "logits are only off by {error:e}");
+    }
+
+    /// Fed with the golden tokens: the first logits are off by `allowed` at most, and tokens are the golden ones where
+    /// the margin is `undecided` or more. Gives how far the logits are off.
+    fn check_forced(&self, model: &str, [dtype, rope]: [&str; 2], allowed: f64, undecided: f64) -> f64 {
         let dir = TempDir::new().unwrap();
         let (logits, forced) = (dir.path().join("logits.safetensors"), dir.path().join("forced.json"));
         std::fs::write(&forced, self.json["greedy"]["tokens"].to_string()).unwrap();
-        let mut arguments = self.arguments(dir.path());
+        let mut arguments = self.arguments(model, dir.path());
         arguments.retain(|argument| argument != "--ignore-eos");
         arguments.extend(
-            ["--dtype", "bf16", "--rope", rope, "--force-ids", arg(&forced), "--logits-out", arg(&logits)]
+            ["--dtype", dtype, "--rope", rope, "--force-ids", arg(&forced), "--logits-out", arg(&logits)]
                 .map(str::to_owned),
         );
-        let found = cogvlm_json(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+        let found = self.run(&arguments);
+        self.check_inputs(&found);
         let (_, values) = read_tensor(&logits, "logits").unwrap();
         let (_, golden) = read_tensor(&self.tensors(), "logits").unwrap();
-        let reference = &self.json["bf16"][if rope == "published" { "model" } else { "f32" }];
-        let allowed = BF16_FACTOR * reference["logits_rel_rms_error"].as_f64().unwrap();
         let error = relative_rms(&values[..32000], &golden);
         assert!(error <= allowed, "logits are off by {error:e}, allowed are {allowed:e}");
-        // bf16 is no f32: the flag does something.
-        assert!(error > F32_BOUND, "logits are only off by {error:e}");
-        // Tokens are decided where the margin is above twice the error of the reference.
-        let undecided = 2.0 * reference["logits_max_abs_error"].as_f64().unwrap();
         let (tokens, margins) = (ids(&self.json["greedy"]["tokens"]), numbers(&self.json["greedy"]["margin"]));
         for (step, (found, golden)) in ids(&found["output_ids"]).iter().zip(&tokens).enumerate() {
             assert!(
@@ -173,6 +210,7 @@ impl Golden {
                 margins[step]
             );
         }
+        error
     }
 }
 
@@ -180,28 +218,43 @@ fn numbers(value: &Value) -> Vec<f32> {
     value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap() as f32).collect()
 }
 
-fn close(found: &[f32], golden: &[f32], name: &str) {
+fn close(found: &[f32], golden: &[f32], name: &str, bound: f64) {
     let error = relative_rms(found, golden);
     // Sixteen values of a tensor may be smaller than the rest of it, which sets the scale of errors.
-    assert!(error <= 20.0 * F32_BOUND, "sixteen values of `{name}` are off by {error:e}");
+    assert!(error <= 20.0 * bound, "sixteen values of `{name}` are off by {error:e}");
 }
 
 macro_rules! golden_cases {
     ($($test:ident: $name:literal,)*) => {
         const NAMES: &[&str] = &[$($name),*];
         $(mod $test {
-            use super::Golden;
+            use super::{CPU, GPU, Golden};
             #[test]
             fn f32() {
-                Golden::open($name).check_f32();
+                Golden::open($name, CPU).check_f32();
             }
             #[test]
             fn bf16() {
-                Golden::open($name).check_bf16("float32");
+                Golden::open($name, CPU).check_bf16("float32");
             }
             #[test]
             fn bf16_published_rope() {
-                Golden::open($name).check_bf16("published");
+                Golden::open($name, CPU).check_bf16("published");
+            }
+            #[test]
+            #[ignore = "needs a GPU"]
+            fn gpu_f32() {
+                Golden::open($name, GPU).check_f32();
+            }
+            #[test]
+            #[ignore = "needs a GPU"]
+            fn gpu_bf16() {
+                Golden::open($name, GPU).check_bf16("float32");
+            }
+            #[test]
+            #[ignore = "needs a GPU"]
+            fn gpu_bf16_published_rope() {
+                Golden::open($name, GPU).check_bf16("published");
             }
         })*
     };
@@ -252,10 +305,40 @@ fn every_case_is_listed() {
     }
 }
 
+/// The full model, in the directory that COGVLM_TEST_17B names.
+mod full_size {
+    use super::{GPUS, Golden};
+
+    /// In f32 and in bf16.
+    fn check(name: &str) {
+        let golden = Golden::open(&format!("17b/{name}"), GPUS);
+        let model = std::env::var("COGVLM_TEST_17B").expect("COGVLM_TEST_17B names the directory of the model");
+        let bound = golden.target.f32_bound;
+        // The best logits are about 10.
+        golden.check_forced(&model, ["f32", "float32"], bound, 40.0 * bound);
+        let reference = &golden.json["bf16"]["f32"];
+        let allowed = super::BF16_FACTOR * reference["logits_rel_rms_error"].as_f64().unwrap();
+        let undecided = 2.0 * reference["logits_max_abs_error"].as_f64().unwrap();
+        golden.check_forced(&model, ["bf16", "float32"], allowed, undecided);
+    }
+
+    macro_rules! full_size_cases {
+        ($($name:ident)*) => {
+            $(#[test]
+            #[ignore = "needs a GPU, and the full model in the directory that COGVLM_TEST_17B names"]
+            fn $name() {
+                check(stringify!($name));
+            })*
+        };
+    }
+
+    full_size_cases! { caption history long text_only vqa }
+}
+
 /// Rows of different lengths, with and without images, computed together: each as it is recorded, where the reference
 /// padded them on the left. Padding shifts positions, which changes rounding only.
-fn check_batch(name: &str, images: &[Option<&str>], batch: &str) {
-    let golden = Golden::open(name);
+fn check_batch(target: Target, name: &str, images: &[Option<&str>], batch: &str) {
+    let golden = Golden::open(name, target);
     let dir = TempDir::new().unwrap();
     let lines = dir.path().join("prompts.jsonl");
     let rows = golden.json["rows"].as_array().unwrap();
@@ -273,11 +356,9 @@ fn check_batch(name: &str, images: &[Option<&str>], batch: &str) {
         .collect();
     std::fs::write(&lines, text).unwrap();
     let model = golden.model();
-    let outcome = cogvlm(&[
+    let arguments = [
         "generate",
         "--json",
-        "--backend",
-        "cpu",
         "--dtype",
         "f32",
         "--ignore-eos",
@@ -293,7 +374,8 @@ fn check_batch(name: &str, images: &[Option<&str>], batch: &str) {
         batch,
         "--prompts",
         arg(&lines),
-    ]);
+    ];
+    let outcome = (target.run)(&[&arguments, target.arguments].concat());
     assert_eq!(outcome.code, 0, "{}", outcome.stderr);
     let answers: Vec<Value> = outcome.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(answers.len(), rows.len());
@@ -308,19 +390,33 @@ fn check_batch(name: &str, images: &[Option<&str>], batch: &str) {
     }
 }
 
+/// Images of the rows of `tiny/batch`.
+const TINY_IMAGES: [Option<&str>; 4] = [Some("caption.png"), Some("history.png"), None, Some("vqa_history.png")];
+
 #[test]
 fn tiny_batch_all_at_once() {
-    check_batch("tiny/batch", &[Some("caption.png"), Some("history.png"), None, Some("vqa_history.png")], "4");
+    check_batch(CPU, "tiny/batch", &TINY_IMAGES, "4");
 }
 
 #[test]
 fn tiny_batch_two_at_a_time() {
-    check_batch("tiny/batch", &[Some("caption.png"), Some("history.png"), None, Some("vqa_history.png")], "2");
+    check_batch(CPU, "tiny/batch", &TINY_IMAGES, "2");
 }
 
 #[test]
-fn odd_batch() {
-    let golden = Golden::open("extra/odd/batch");
+#[ignore = "needs a GPU"]
+fn gpu_f32_tiny_batch_all_at_once() {
+    check_batch(GPU, "tiny/batch", &TINY_IMAGES, "4");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_f32_tiny_batch_two_at_a_time() {
+    check_batch(GPU, "tiny/batch", &TINY_IMAGES, "2");
+}
+
+fn check_odd_batch(target: Target) {
+    let golden = Golden::open("extra/odd/batch", target);
     let files: Vec<Option<String>> = golden.json["rows"]
         .as_array()
         .unwrap()
@@ -328,5 +424,16 @@ fn odd_batch() {
         .map(|row| row["image_file"].as_str().map(str::to_owned))
         .collect();
     let files: Vec<Option<&str>> = files.iter().map(Option::as_deref).collect();
-    check_batch("extra/odd/batch", &files, "3");
+    check_batch(target, "extra/odd/batch", &files, "3");
+}
+
+#[test]
+fn odd_batch() {
+    check_odd_batch(CPU);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gpu_f32_odd_batch() {
+    check_odd_batch(GPU);
 }

@@ -6,9 +6,15 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-/// A path inside the repository.
+/// A path inside the repository, or where COGVLM_TEST_ROOT says that its files are.
 pub(crate) fn repo(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
+    let root = std::env::var_os("COGVLM_TEST_ROOT").map(PathBuf::from);
+    root.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")).join(path)
+}
+
+/// The program: the one that cargo built for the test, or the one that COGVLM_TEST_PROGRAM names.
+fn program() -> Command {
+    Command::new(std::env::var_os("COGVLM_TEST_PROGRAM").unwrap_or_else(|| env!("CARGO_BIN_EXE_cogvlm-shard").into()))
 }
 
 /// What a run printed, and its exit code.
@@ -28,10 +34,19 @@ pub(crate) fn cogvlm(arguments: &[&str]) -> Outcome {
     cogvlm_with_stdin(arguments, "")
 }
 
+/// [`cogvlm`], with the GPUs of this machine.
+pub(crate) fn cogvlm_with_gpus(arguments: &[&str]) -> Outcome {
+    run(&mut program(), arguments, "")
+}
+
 /// [`cogvlm`], with something to read.
 pub(crate) fn cogvlm_with_stdin(arguments: &[&str], stdin: &str) -> Outcome {
+    run(without_gpus(&mut program()), arguments, stdin)
+}
+
+fn run(program: &mut Command, arguments: &[&str], stdin: &str) -> Outcome {
     use std::io::Write;
-    let mut child = without_gpus(&mut Command::new(env!("CARGO_BIN_EXE_cogvlm-shard")))
+    let mut child = program
         .args(arguments)
         .current_dir(repo(""))
         .stdin(Stdio::piped())
@@ -48,7 +63,11 @@ pub(crate) fn cogvlm_with_stdin(arguments: &[&str], stdin: &str) -> Outcome {
 
 /// Runs the program, which has to succeed, and reads the JSON object that it prints.
 pub(crate) fn cogvlm_json(arguments: &[&str]) -> Value {
-    let outcome = cogvlm(arguments);
+    json_of(&cogvlm(arguments), arguments)
+}
+
+/// The JSON object that a run printed, which has to have succeeded.
+pub(crate) fn json_of(outcome: &Outcome, arguments: &[&str]) -> Value {
     assert_eq!(outcome.code, 0, "{arguments:?}: {}", outcome.stderr);
     serde_json::from_str(&outcome.stdout).unwrap_or_else(|error| panic!("{arguments:?}: {error}: {}", outcome.stdout))
 }

@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool")]
 
+mod bundle;
+mod kernels;
 mod licences;
 mod source_rules;
 
@@ -12,11 +14,37 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["tidy"] => tidy(),
+        ["kernels", ref flags @ ..] if flags.iter().all(|flag| ["--table", "--require"].contains(flag)) => {
+            kernels(flags.contains(&"--table"), flags.contains(&"--require"))
+        }
+        ["bundle"] => bundle::make(&root(), None),
+        ["bundle", "--out", out] => bundle::make(&root(), Some(Path::new(out))),
         _ => {
-            eprintln!("usage: cargo xtask tidy   formatting, lints, licences, documentation, rules of our own");
+            eprintln!("{USAGE}");
             ExitCode::from(2)
         }
     }
+}
+
+const USAGE: &str = "\
+usage: cargo xtask tidy                            formatting, lints, licences, documentation, kernels, our own rules
+       cargo xtask kernels [--table] [--require]   compile the kernels, refuse spills that nobody asked for; --table
+                                                   lists them all, --require fails where there is no nvcc
+       cargo xtask bundle [--out DIR]              what tests a GPU on a machine without Rust (docs/gpu-testing.md)";
+
+fn kernels(with_table: bool, is_required: bool) -> ExitCode {
+    let failures = match kernels::check(&root(), with_table) {
+        kernels::Outcome::Checked(failures) => failures,
+        kernels::Outcome::Skipped(reason) if is_required => vec![format!("not compiled: {reason}")],
+        kernels::Outcome::Skipped(reason) => {
+            println!("kernels: skipped: {reason}");
+            return ExitCode::SUCCESS;
+        }
+    };
+    for failure in &failures {
+        eprintln!("kernels: {failure}");
+    }
+    if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn tidy() -> ExitCode {
@@ -34,6 +62,10 @@ fn tidy() -> ExitCode {
     .into_iter()
     .filter_map(Result::err)
     .collect();
+    match kernels::check(&root, false) {
+        kernels::Outcome::Checked(found) => failures.extend(found),
+        kernels::Outcome::Skipped(reason) => println!("tidy: kernels skipped: {reason}"),
+    }
     failures.extend(licences::check(&root));
     failures.extend(source_rules::check(&root));
     for failure in &failures {

@@ -24,6 +24,9 @@ pub(crate) fn check(root: &Path) -> Vec<String> {
         if file.ends_with(".rs") {
             failures.extend(source_rules(file, &text));
         }
+        if file.starts_with("kernels/") && (file.ends_with(".cu") || file.ends_with(".cuh")) {
+            failures.extend(kernel_rules(file, &text));
+        }
         if file.ends_with(".md") {
             failures.extend(dead_links(root, file, &text));
         }
@@ -67,6 +70,22 @@ fn source_rules(file: &str, text: &str) -> Vec<String> {
     let forbids = ["#![forbid(unsafe_code)]", "#![deny(unsafe_code)]"].iter().any(|attribute| text.contains(attribute));
     if is_crate_root && !file.starts_with("crates/cogvlm-cuda/") && !forbids {
         failures.push(format!("{file}: a crate forbids unsafe code, or denies it and waives it module by module"));
+    }
+    failures
+}
+
+/// A kernel opens with its contract, and needs no header that not every nvcc comes with.
+fn kernel_rules(file: &str, text: &str) -> Vec<String> {
+    let mut failures = Vec::new();
+    let contract: String = text.lines().take_while(|line| line.starts_with("//")).collect();
+    for word in ["launch", "wrapper"] {
+        if file.ends_with(".cu") && !contract.contains(word) {
+            failures.push(format!("{file}: the comment that it opens with does not name its `{word}`"));
+        }
+    }
+    let includes = text.lines().filter_map(|line| line.trim_start().strip_prefix("#include"));
+    for header in includes.map(str::trim).filter(|header| header.starts_with("<cuda") || header.starts_with("\"cuda")) {
+        failures.push(format!("{file}: includes {header}; kernels include no headers of CUDA"));
     }
     failures
 }

@@ -52,5 +52,7 @@ pub use mapped_file::MappedFile;
 pub use mapping::Advice;
 pub use monitor::{Cancelled, Monitor, Progress};
 pub use source::{ModelSource, SourceError};
-pub use synth::{DEFAULT_MAX_SHARD_BYTES, Rule, SynthError, SyntheticModel, Written, parse_shard_size, write_checkpoint};
+pub use synth::{
+    DEFAULT_MAX_SHARD_BYTES, Rule, SynthError, SyntheticModel, Written, parse_shard_size, write_checkpoint,
+};
 pub use table::TensorInfo;

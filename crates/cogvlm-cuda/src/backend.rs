@@ -1,7 +1,7 @@
 //! The backend: one GPU as the model sees it.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use cogvlm_backend::shape::unsupported;
@@ -36,6 +36,8 @@ pub struct CudaBackend {
     /// Partial results between the kernels of one operation. Operations follow each other on one stream, so each may
     /// use all of it.
     pub(crate) scratch: Allocation,
+    /// Held by the load that converts through scratch memory.
+    pub(crate) converting: Mutex<()>,
     pub(crate) gpu: Arc<Gpu>,
     pub(crate) activations: DType,
     /// Which kernels multiply matrices.
@@ -92,7 +94,7 @@ impl CudaBackend {
         };
         let (graphs, uploader) = (Graphs::new(&gpu), Uploader::new(&gpu)?);
         let loader = Arc::new(Loader::new(&gpu, LoadPath::Auto));
-        Ok(Self { graphs, uploader, loader, arena, scratch, gpu, activations, path })
+        Ok(Self { graphs, uploader, loader, arena, scratch, converting: Mutex::default(), gpu, activations, path })
     }
 
     /// The same device with the kernels of `path` or plainer ones: for tests, and for comparing them.

@@ -119,13 +119,4 @@ impl CudaBuffer {
         let fits = rows.start <= rows.end && rows.end <= self.rows;
         expect(op, "rows", &[rows.start, rows.end], fits, || format!("a range within {} rows", self.rows))
     }
-
-    /// Refuses rows `first_row..` of `count` that it does not have.
-    pub(crate) fn expect_room(
-        &self, op: &'static str, argument: &'static str, first_row: usize, count: usize,
-    ) -> Result<(), BackendError> {
-        let room = self.rows.saturating_sub(first_row);
-        let fits = first_row <= self.rows && count <= room;
-        expect(op, argument, &[count], fits, || format!("at most {room} rows from row {first_row}"))
-    }
 }

@@ -65,10 +65,6 @@ impl CudaWeight {
         &self.inner.shape
     }
 
-    pub(crate) fn num_bytes(&self) -> usize {
-        self.inner.shape.iter().product::<usize>() * self.inner.dtype.size_bytes()
-    }
-
     /// Its address on the device; an error where it rests on the host.
     pub(crate) fn address(&self, op: &'static str, argument: &'static str) -> Result<CUdeviceptr, BackendError> {
         match &self.inner.place {

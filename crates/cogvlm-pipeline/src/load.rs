@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use cogvlm_backend::{Backend, BackendError, HostReadError, HostTensor, HostWeight, RopeMode, rope};
 use cogvlm_core::{DType, Device, ModelSpec, TensorSpec, Unit, WeightGroup};
@@ -138,6 +138,9 @@ pub fn load_plan<B: Backend>(
     Ok(Ranks::start(ranks, stages)?)
 }
 
+/// Threads that load onto one device.
+const MAX_LOAD_THREADS: usize = 12;
+
 /// The tensors of one device by the group they are used in.
 type PlacedGroups<W> = HashMap<GroupKey, Vec<PlacedTensor<W>>>;
 
@@ -155,7 +158,7 @@ enum SourcePlace<W> {
     Elsewhere(SourceTensor<W>),
 }
 
-/// Puts every tensor where the plan says: one thread per device that weights are copied to.
+/// Puts every tensor where the plan says.
 fn place_weights<B: Backend>(
     plan: &Plan, source: &dyn WeightSource, backends: &BTreeMap<Device, Arc<B>>, progress: LoadProgress<'_>,
 ) -> Result<Vec<PlacedTensor<B::Weight>>, LoadError> {
@@ -164,17 +167,30 @@ fn place_weights<B: Backend>(
     let total: u64 = wanted.iter().map(|(_, placement)| placement.bytes).sum();
     let done = AtomicU64::new(0);
     progress(0, total);
-    let place_on = &|device: Device| -> Result<Vec<_>, LoadError> {
+    // Several threads for each device, which take its tensors in turn: one alone copies slower than a link.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let num_threads = (cores / backends.len().max(1)).clamp(1, MAX_LOAD_THREADS);
+    let queues: Vec<_> = backends.keys().map(|device| (*device, AtomicUsize::new(0))).collect();
+    let place_next = &|device: Device, next: &AtomicUsize| -> Result<Vec<_>, LoadError> {
         let mut placed = Vec::new();
-        for (index, placement) in wanted.iter().filter(|(_, placement)| rests_on(placement) == device) {
-            placed.push((*index, place_tensor(placement, source, backends)?));
+        let mut mine = wanted.iter().filter(|(_, placement)| rests_on(placement) == device);
+        let mut taken = 0;
+        loop {
+            let turn = next.fetch_add(1, Ordering::Relaxed);
+            let Some((index, placement)) = mine.nth(turn - taken) else { return Ok(placed) };
+            taken = turn + 1;
+            let tensor = place_tensor(placement, source, backends);
+            // The others need not go on.
+            let tensor = tensor.inspect_err(|_| next.store(usize::MAX / 2, Ordering::Relaxed))?;
+            placed.push((*index, tensor));
             progress(done.fetch_add(placement.bytes, Ordering::Relaxed) + placement.bytes, total);
         }
-        Ok(placed)
     };
     let mut all = std::thread::scope(|scope| {
-        let spawn = |device| std::thread::Builder::new().spawn_scoped(scope, move || place_on(device));
-        let threads: Vec<_> = backends.keys().copied().map(spawn).collect::<Result<_, _>>()?;
+        let mut threads = Vec::new();
+        for (device, next) in queues.iter().flat_map(|queue| std::iter::repeat_n(queue, num_threads)) {
+            threads.push(std::thread::Builder::new().spawn_scoped(scope, move || place_next(*device, next))?);
+        }
         let mut all: Vec<(usize, PlacedTensor<B::Weight>)> = Vec::new();
         for thread in threads {
             all.extend(thread.join().expect("loading reports failures as errors")?);

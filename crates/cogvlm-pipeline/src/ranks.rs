@@ -1,7 +1,7 @@
 //! Ranks as threads, and the links between them.
 
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -91,6 +91,8 @@ pub struct Ranks<B: Backend> {
     inboxes: Vec<Sender<Message<B>>>,
     results: Receiver<Result<LastOutput<B>, RankError>>,
     threads: Vec<JoinHandle<()>>,
+    /// The only rank, if there is just one: it runs on the caller's thread, which waking another would only delay.
+    alone: Option<Mutex<RankThread<B>>>,
 }
 
 /// What a rank's thread works with.
@@ -112,13 +114,19 @@ impl<B: Backend> Ranks<B> {
         let routes: Arc<Vec<Route>> = Arc::new(stages.into_iter().map(|(rank, units)| Route { rank, units }).collect());
         let (result_sender, results) = channel();
         let (inboxes, outlets): (Vec<_>, Vec<_>) = ranks.iter().map(|_| channel()).unzip();
-        let mut all = Self { devices: Vec::new(), backends: Vec::new(), routes, inboxes, results, threads: Vec::new() };
+        let (devices, backends, threads) = (Vec::new(), Vec::new(), Vec::new());
+        let is_alone = ranks.len() == 1;
+        let mut all = Self { devices, backends, routes, inboxes, results, threads, alone: None };
         for (index, ((device, backend, rank), inbox)) in ranks.into_iter().zip(outlets).enumerate() {
             all.devices.push(device);
             all.backends.push(backend);
             let peers = all.inboxes.clone();
             let routes = Arc::clone(&all.routes);
             let thread = RankThread { index, device, rank, routes, peers, results: result_sender.clone() };
+            if is_alone {
+                all.alone = Some(Mutex::new(thread));
+                break;
+            }
             let name = format!("rank-{device}");
             all.threads.push(std::thread::Builder::new().name(name).spawn(move || thread.run(&inbox))?);
         }
@@ -132,7 +140,13 @@ impl<B: Backend> Ranks<B> {
         let envelope =
             Envelope { step: Arc::new(step), stage: first, input: None, captured: Vec::new(), vision: Vec::new() };
         let stopped = |rank: usize| RankError::Stopped { device: self.devices[rank] };
-        self.inboxes[rank].send(Message::Run(envelope)).map_err(|_| stopped(rank))?;
+        if let Some(alone) = &self.alone {
+            // A step that panicked may have left anything behind.
+            let mut alone = alone.lock().map_err(|_| stopped(rank))?;
+            alone.pass(envelope)?;
+        } else {
+            self.inboxes[rank].send(Message::Run(envelope)).map_err(|_| stopped(rank))?;
+        }
         loop {
             match self.results.recv_timeout(Duration::from_millis(200)) {
                 Ok(result) => return self.finish(result?),

@@ -1,5 +1,7 @@
 //! Weights onto the device: copied and rounded, or made where they will lie.
 
+use std::sync::PoisonError;
+
 use cogvlm_backend::{BackendError, ElementRule, HostWeight};
 use cogvlm_core::DType;
 use cudarc::driver::sys::CUdeviceptr;
@@ -44,6 +46,8 @@ unsafe fn fill(
         // SAFETY: as the caller says.
         unsafe { make(&cuda.gpu, rule, weight.shape(), count, to) }?;
     } else if stored == DType::F32 && dtype == DType::Bf16 {
+        // Several threads load; scratch memory is for one.
+        let _alone = cuda.converting.lock().unwrap_or_else(PoisonError::into_inner);
         let (scratch, scratch_bytes) = scratch(cuda);
         let piece_len = scratch_bytes / 4;
         for first in (0..count).step_by(piece_len) {

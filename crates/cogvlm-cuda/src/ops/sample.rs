@@ -47,7 +47,7 @@ pub(crate) fn sample(
         }
     }
     let mut chosen = vec![0_u32; requests.len()];
-    cuda.gpu.download(tokens, bytemuck::cast_slice_mut(&mut chosen))?;
+    cuda.uploader.download(tokens, bytemuck::cast_slice_mut(&mut chosen))?;
     Ok(chosen)
 }
 

@@ -14,6 +14,7 @@
 //
 // launch   grid = min(tiles, 2 * multiprocessors), block = 256       wrapper  cogvlm-cuda ops::product_rows
 // oracle   oracle::{expert_linear, linear, gate_up, qkv_rope_append}
+// spills allowed: product_rows_qkv_16 120 8 one value, on a GPU that it is not tuned for
 #include "include/product.cuh"
 
 __device__ __forceinline__ uint4 load_weights(const bf16* p) {

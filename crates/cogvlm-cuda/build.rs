@@ -199,6 +199,7 @@ fn find_nvcc() -> Option<PathBuf> {
     candidates.filter(|path| path.is_file()).find_map(|path| path.canonicalize().ok())
 }
 
+#[expect(clippy::print_stderr, clippy::exit, reason = "how a build script refuses")]
 fn fail(message: &str) -> ! {
     println!("cargo::error={}", message.replace('\n', "%0A"));
     eprintln!("{message}");

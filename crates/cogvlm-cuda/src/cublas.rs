@@ -70,27 +70,32 @@ impl CublasLt {
     /// Prepares a product with the algorithm that the library thinks best.
     pub(crate) fn plan(&self, m: usize, n: usize, k: usize) -> Option<Plan<'_>> {
         self.gpu.bind().ok()?;
-        // SAFETY (all of these): the types are those of cublasLt.h in versions 12 and 13.
+        // SAFETY: this function's type, as those of the others, is that of cublasLt.h in versions 12 and 13.
         let desc_create = unsafe {
             self.library.get::<unsafe extern "C" fn(*mut Handle, c_int, c_int) -> c_int>(b"cublasLtMatmulDescCreate")
         };
+        // SAFETY: as above.
         let desc_set = unsafe {
             self.library.get::<unsafe extern "C" fn(Handle, c_int, *const c_void, usize) -> c_int>(
                 b"cublasLtMatmulDescSetAttribute",
             )
         };
+        // SAFETY: as above.
         let layout_create = unsafe {
             self.library
                 .get::<unsafe extern "C" fn(*mut Handle, c_int, u64, u64, i64) -> c_int>(b"cublasLtMatrixLayoutCreate")
         };
+        // SAFETY: as above.
         let preference_create = unsafe {
             self.library.get::<unsafe extern "C" fn(*mut Handle) -> c_int>(b"cublasLtMatmulPreferenceCreate")
         };
+        // SAFETY: as above.
         let preference_set = unsafe {
             self.library.get::<unsafe extern "C" fn(Handle, c_int, *const c_void, usize) -> c_int>(
                 b"cublasLtMatmulPreferenceSetAttribute",
             )
         };
+        // SAFETY: as above.
         let heuristic = unsafe {
             self.library.get::<unsafe extern "C" fn(
                 Handle,

@@ -3,6 +3,7 @@
 //! crates/cogvlm-cuda/build.rs compiles `kernels/*.cu` and knows where nvcc is; this has cargo run it, and reads the logs
 //! beside the fat binaries.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -193,15 +194,15 @@ fn unasked(module: &str, usages: &[Usage], allowances: &[Allowance]) -> Vec<Stri
 
 fn print_table(usages: &[Usage]) {
     let width = usages.iter().map(|usage| usage.kernel.len()).max().unwrap_or(0).max("kernel".len());
-    println!(
-        "{:width$}  {:>5}  {:>9}  {:>6}  {:>5}  {:>6}  {:>5}",
-        "kernel", "arch", "registers", "shared", "stack", "stores", "loads"
-    );
+    let heads =
+        format!("{:>5}  {:>9}  {:>6}  {:>5}  {:>6}  {:>5}", "arch", "registers", "shared", "stack", "stores", "loads");
+    let mut table = format!("{:width$}  {heads}\n", "kernel");
     for Usage { kernel, architecture, registers, shared, stack, spill_stores, spill_loads, .. } in usages {
-        println!(
-            "{kernel:width$}  {architecture:>5}  {registers:>9}  {shared:>6}  {stack:>5}  {spill_stores:>6}  {spill_loads:>5}"
-        );
+        let numbers = format!("{registers:>9}  {shared:>6}  {stack:>5}  {spill_stores:>6}  {spill_loads:>5}");
+        table += &format!("{kernel:width$}  {architecture:>5}  {numbers}\n");
     }
+    // Who reads only its beginning has closed the pipe.
+    let _ = std::io::stdout().write_all(table.as_bytes());
 }
 
 #[cfg(test)]

@@ -93,7 +93,7 @@ template <> __device__ __forceinline__ float gelu<float>(float x) {
     return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
 }
 template <> __device__ __forceinline__ float gelu<bf16>(float x) {
-    const float z = fminf(fabsf(x), 7.0f);  // beyond, the tail is below 2e-12
+    const float z = fminf(fabsf(x), 7.0f);
     float p = 1.574098872e-06f;
     p = fmaf(p, z, -5.586871339e-05f);
     p = fmaf(p, z, 8.811639149e-04f);
@@ -103,6 +103,7 @@ template <> __device__ __forceinline__ float gelu<bf16>(float x) {
     p = fmaf(p, z, 1.151075699e+00f);
     float tail;  // 1 - erf(z / sqrt 2)
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(tail) : "f"(-p * z));
+    if (fabsf(x) > 7.0f) tail = 0.0f;  // below 3e-12
     return 0.5f * x * (x < 0.0f ? tail : 2.0f - tail);
 }
 

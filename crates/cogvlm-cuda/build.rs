@@ -1,5 +1,6 @@
 //! Compiles `kernels/*.cu` with nvcc, each into a fat binary for every architecture that the compiler knows, and lists
-//! them for `include_bytes!`. Without nvcc the list is empty, and the crate answers every request with how to get it.
+//! them for `include_bytes!`, and the architectures beside them. Without nvcc both lists are empty, and the crate answers
+//! every request with how to get it.
 //!
 //! `COGVLM_CUDA=off` builds without kernels, `COGVLM_CUDA=require` makes a missing nvcc an error. nvcc is looked for in
 //! `NVCC`, `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda`, and in the Python environments on `PATH` and
@@ -26,27 +27,33 @@ fn main() {
     println!("cargo::rerun-if-changed={}", kernels.display());
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let setting = env::var("COGVLM_CUDA").unwrap_or_default();
-    let list = match (setting.as_str(), find_nvcc()) {
-        ("off", _) => String::new(),
-        ("" | "require", Some(nvcc)) => compile_all(&nvcc, &kernels, &out),
+    let (list, architectures) = match (setting.as_str(), find_nvcc()) {
+        ("off", _) => (String::new(), Vec::new()),
+        ("" | "require", Some(nvcc)) => {
+            let architectures = architectures(&nvcc);
+            (compile_all(&nvcc, &architectures, &kernels, &out), architectures)
+        }
         ("", None) => {
             println!(
                 "cargo::warning=no nvcc found: building for the CPU only (see docs/cuda.md; COGVLM_CUDA=require makes \
                  this an error)"
             );
-            String::new()
+            (String::new(), Vec::new())
         }
         ("require", None) => fail("COGVLM_CUDA=require, but no nvcc was found; docs/cuda.md says how to get one"),
         (other, _) => fail(&format!("COGVLM_CUDA={other}: it may be `off` or `require`")),
     };
-    let list = format!("pub(crate) static MODULES: &[(&str, &[u8])] = &[\n{list}];\n");
+    let list = format!(
+        "pub(crate) static MODULES: &[(&str, &[u8])] = &[\n{list}];\n\
+         pub(crate) static ARCHITECTURES: &[&str] = &{architectures:?};\n"
+    );
     write(&out.join("modules.rs"), list.as_bytes());
 }
 
 /// Compiles every kernel that was not compiled as it is now; gives the lines of the list.
-fn compile_all(nvcc: &Path, kernels: &Path, out: &Path) -> String {
+fn compile_all(nvcc: &Path, architectures: &[String], kernels: &Path, out: &Path) -> String {
     let sources = files(kernels, "cu");
-    let flags = flags(nvcc);
+    let flags = flags(nvcc, architectures);
     let compiler = format!("{}\n{}\n", answer(nvcc, "--version"), flags.join(" "));
     let includes: String = files(&kernels.join("include"), "cuh").iter().map(|path| read(path)).collect();
     let others = other_builds(out);
@@ -135,8 +142,9 @@ fn compile(nvcc: &Path, flags: &[String], source: &Path, fatbin: &Path) {
     };
     let mut flags: Vec<&String> = flags.iter().filter(wanted).collect();
     let is_known = flags.iter().any(|flag| flag.starts_with("-gencode"));
-    let empty = "-gencode=arch=compute_80,code=compute_80".to_owned();
+    let empty = format!("-gencode=arch=compute_{PTX_ARCHITECTURE},code=compute_{PTX_ARCHITECTURE}");
     if !is_known {
+        // Its kernels are empty then, and `ARCHITECTURES` says that nobody may ask for them.
         flags.push(&empty);
     }
     let output = Command::new(nvcc).args(&flags).arg(source).arg("-o").arg(fatbin).output();
@@ -156,18 +164,22 @@ fn answer(nvcc: &Path, flag: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// The flags for the architectures that this compiler knows.
-fn flags(nvcc: &Path) -> Vec<String> {
+/// The architectures to make machine code for: those asked for that this compiler knows.
+fn architectures(nvcc: &Path) -> Vec<String> {
     let known = answer(nvcc, "--list-gpu-code");
     let known: Vec<&str> = known.split_whitespace().collect();
     let wanted = env::var("COGVLM_CUDA_ARCHITECTURES").unwrap_or_else(|_| ARCHITECTURES.join(","));
+    // 90a is not listed by older compilers, though they know it where they know 90.
+    let is_known = |name: &&str| known.contains(&format!("sm_{}", name.trim_end_matches('a')).as_str());
+    wanted.split(',').map(str::trim).filter(|name| !name.is_empty()).filter(is_known).map(str::to_owned).collect()
+}
+
+/// The flags for machine code of `architectures`, and PTX for others.
+fn flags(nvcc: &Path, architectures: &[String]) -> Vec<String> {
     let mut flags: Vec<String> =
         ["-fatbin", "-O3", "-std=c++17", "-Xptxas=-v", "--threads=1"].map(str::to_owned).into();
-    for architecture in wanted.split(',').map(str::trim).filter(|name| !name.is_empty()) {
-        // 90a is not listed by older compilers, though they know it where they know 90.
-        if known.contains(&format!("sm_{}", architecture.trim_end_matches('a')).as_str()) {
-            flags.push(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
-        }
+    for architecture in architectures {
+        flags.push(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
     }
     flags.push(format!("-gencode=arch=compute_{PTX_ARCHITECTURE},code=compute_{PTX_ARCHITECTURE}"));
     // Every executable with the kernels holds all of them: a fifth of the size, where the compiler can.

@@ -17,6 +17,7 @@ use crate::buffer::{CudaBuffer, CudaParcel};
 use crate::device::{Event, Gpu};
 use crate::graph::Graphs;
 use crate::host_copy::{LoadPath, Loader, Uploader};
+use crate::kernels;
 use crate::memory::{Allocation, DeviceArena};
 use crate::ops;
 use crate::ring::CudaRing;
@@ -51,7 +52,7 @@ pub enum KernelPath {
     Generic,
     /// `mma.sync` and `cp.async`: sm_80 on.
     Portable,
-    /// `wgmma` and TMA: sm_90.
+    /// `wgmma` and TMA: sm_90, in builds with 90a.
     Hopper,
 }
 
@@ -86,9 +87,8 @@ impl CudaBackend {
         let scratch = Allocation::new(&gpu, "scratch memory", SCRATCH_BYTES).map_err(refused)?;
         // SAFETY: the allocation has this length.
         unsafe { gpu.zero(scratch.address, SCRATCH_BYTES) }?;
-        // Hopper's kernels are made for exactly 9.0: `wgmma` is in no other architecture.
         let path = match gpu.info.compute_capability {
-            (9, 0) => KernelPath::Hopper,
+            capability if kernels::has_wgmma(kernels::ARCHITECTURES, capability) => KernelPath::Hopper,
             (8.., _) => KernelPath::Portable,
             _ => KernelPath::Generic,
         };

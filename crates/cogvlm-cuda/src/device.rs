@@ -20,6 +20,8 @@ pub(crate) struct Gpu {
     pub(crate) stream: CUstream,
     /// Where weights are copied beside the operations.
     pub(crate) copy_stream: CUstream,
+    /// Whether the kernels of this build wait by themselves on this GPU for those before them.
+    can_overlap: bool,
     functions: Mutex<Functions>,
     context: CUcontext,
     /// What keeps the context open.
@@ -45,7 +47,8 @@ pub(crate) struct Launch {
     pub(crate) block: u32,
     /// Bytes of dynamic shared memory.
     pub(crate) shared: u32,
-    /// Whether it may start before the kernel before it has ended: it waits by itself (`wait_for_previous`).
+    /// Whether it may start before the kernel before it has ended, where the GPU can: it waits by itself
+    /// (`wait_for_previous`).
     pub(crate) overlap: bool,
 }
 
@@ -76,6 +79,7 @@ impl Gpu {
             info: info.clone(),
             stream: std::ptr::null_mut(),
             copy_stream: std::ptr::null_mut(),
+            can_overlap: kernels::can_overlap(kernels::ARCHITECTURES, info.compute_capability),
             functions: Mutex::default(),
             context: open.handle,
             _open: open,
@@ -87,11 +91,6 @@ impl Gpu {
         // SAFETY: as above.
         failed(unsafe { cu::cuStreamCreate(&raw mut gpu.copy_stream, flags) })?;
         Ok(gpu)
-    }
-
-    /// Whether the GPU is of at least this compute capability.
-    pub(crate) fn has(&self, major: u32, minor: u32) -> bool {
-        self.info.compute_capability >= (major, minor)
     }
 
     /// Makes the context current on this thread.
@@ -147,7 +146,7 @@ impl Gpu {
             sharedMemBytes: launch.shared,
             hStream: self.stream,
             attrs: &raw mut overlap,
-            numAttrs: u32::from(launch.overlap && self.has(9, 0)),
+            numAttrs: u32::from(launch.overlap && self.can_overlap),
         };
         // SAFETY: the caller vouches for the arguments; the configuration and its attribute live past the call.
         let result =

@@ -6,6 +6,7 @@ use cogvlm_backend::{BackendError, ElementRule, HostWeight};
 use cogvlm_core::DType;
 use cudarc::driver::sys::CUdeviceptr;
 
+use super::attention::counters;
 use super::rows::scratch;
 use crate::backend::CudaBackend;
 use crate::device::{Event, Gpu, Launch, arg};
@@ -68,9 +69,10 @@ unsafe fn fill(
         }
     }
     // Kernels that are launched with overlap read weights before they wait. Between them and the kernels above comes an
-    // operation that waits by itself.
-    // SAFETY: scratch memory is longer.
-    unsafe { cuda.gpu.zero(scratch(cuda).0, 4) }
+    // operation that waits by itself. What it writes is zero anyway: another thread may be converting in the rest of the
+    // scratch memory.
+    // SAFETY: there is more than one counter.
+    unsafe { cuda.gpu.zero(counters(cuda).0, 4) }
 }
 
 /// Rounds the `count` elements of type `stored` at `address` to bf16, to the same address, in the order of the compute

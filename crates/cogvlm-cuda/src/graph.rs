@@ -54,22 +54,65 @@ impl Graphs {
 
     fn record(&self, operations: &mut dyn FnMut() -> Result<(), BackendError>) -> Result<CUgraphExec, BackendError> {
         let gpu = &self.gpu;
+        let capture = Capture::begin(gpu)?;
+        let outcome = operations();
+        let ended = capture.end();
+        // What an operation says explains more than that the capture failed for it.
+        outcome?;
+        let graph = ended?;
+        let mut executable: CUgraphExec = std::ptr::null_mut();
+        // SAFETY: the graph was just captured; the executable keeps nothing of it.
+        gpu.check(unsafe { cu::cuGraphInstantiateWithFlags(&raw mut executable, graph.0, 0) })?;
+        Ok(executable)
+    }
+}
+
+/// A capture of the compute stream under way. Dropping it ends it, whatever came of the operations: until then the
+/// stream would refuse to be waited for.
+struct Capture<'a> {
+    gpu: &'a Gpu,
+    is_ended: bool,
+}
+
+/// What was captured.
+struct Graph(CUgraph);
+
+impl<'a> Capture<'a> {
+    fn begin(gpu: &'a Gpu) -> Result<Self, BackendError> {
         let mode = cu::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is this GPU's.
         gpu.check(unsafe { cu::cuStreamBeginCapture_v2(gpu.stream, mode) })?;
-        let outcome = operations();
-        let mut graph: CUgraph = std::ptr::null_mut();
-        // SAFETY: ends what was begun above, whatever came of the operations.
-        let ended = unsafe { cu::cuStreamEndCapture(gpu.stream, &raw mut graph) };
-        outcome?;
-        gpu.check(ended)?;
-        let mut executable: CUgraphExec = std::ptr::null_mut();
-        // SAFETY: the graph was just captured; the executable keeps nothing of it.
-        let instantiated = unsafe { cu::cuGraphInstantiateWithFlags(&raw mut executable, graph, 0) };
-        // SAFETY: as above.
-        gpu.check(unsafe { cu::cuGraphDestroy(graph) })?;
-        gpu.check(instantiated)?;
-        Ok(executable)
+        Ok(Self { gpu, is_ended: false })
+    }
+
+    fn end(mut self) -> Result<Graph, BackendError> {
+        self.end_once()
+    }
+
+    fn end_once(&mut self) -> Result<Graph, BackendError> {
+        self.is_ended = true;
+        let mut graph = Graph(std::ptr::null_mut());
+        // SAFETY: ends what `begin` began, on the same thread; the pointer is to a local variable.
+        self.gpu.check(unsafe { cu::cuStreamEndCapture(self.gpu.stream, &raw mut graph.0) })?;
+        Ok(graph)
+    }
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        if !self.is_ended {
+            // Only where an operation panicked, which says more.
+            drop(self.end_once());
+        }
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if !self.0.is_null() {
+            // SAFETY: captured, and used by nobody after this.
+            let _ = unsafe { cu::cuGraphDestroy(self.0) };
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 //          patch_embed_bf16_mma: bf16 throughout, image_size and patch_size even, at least one patch, u32 offsets;
 //          grid = (ceil(num_images * patches / TILE), ceil(width / TILE)), block = 128, shared = 2 bytes per element of
 //          a patch
+//          patch_embed_echo: one thread writes what it finds in each field of `Weights` and `Images`, for a test
 // wrapper  cogvlm-cuda ops::patch_embed     oracle oracle::patch_embed
 #include "include/common.cuh"
 
@@ -253,4 +254,22 @@ extern "C" __global__ __launch_bounds__(128) void patch_embed_bf16_mma(
             }
         }
     }
+}
+
+extern "C" __global__ void patch_embed_echo(
+    const __grid_constant__ Weights weights, const __grid_constant__ Images images, u64* fields) {
+    auto put = [&](u64 field) { *fields++ = field; };
+    auto put_address = [&](const void* field) { put(reinterpret_cast<u64>(field)); };
+    put_address(weights.projection);
+    put_address(weights.bias);
+    put_address(weights.class_token);
+    put_address(weights.position);
+    put(weights.projection_type);
+    put(weights.bias_type);
+    put(weights.class_type);
+    put(weights.position_type);
+    put(images.num_images);
+    put(images.num_channels);
+    put(images.image_size);
+    put(images.patch_size);
 }

@@ -1,7 +1,10 @@
 // Products (include/product.cuh) of any shape and type, plainly: for f32, for odd shapes, and to compare with.
 // x T, weights of any type, rounded to T where they are used; sums in f32 by fused multiply-add, k ascending
 // launch   grid = (ceil(width / 64), tiles of rows), block = 256; a tile has 8 groups of up to 8 rows
-// wrapper  cogvlm-cuda product::run (ops::product_generic)     oracle  oracle::{expert_linear, linear, gate_up, ..}
+// wrapper  cogvlm-cuda ops::product_generic     oracle  oracle::{expert_linear, linear, linear_residual, gate_up,
+//          qkv_rope_append, logits}
+// product_echo, maps_echo: one thread writes what it finds in each field of what products are told, for tests
+#include "include/maps.cuh"
 #include "include/product.cuh"
 
 constexpr u32 THREADS = 256;
@@ -89,3 +92,40 @@ PRODUCT(bf16_residual, bf16, RESIDUAL)
 PRODUCT(bf16_gate_up, bf16, GATE_UP)
 PRODUCT(bf16_qkv, bf16, QKV)
 PRODUCT(bf16_logits, bf16, LOGITS)
+
+extern "C" __global__ void product_echo(const __grid_constant__ Product a, u64* fields) {
+    auto put = [&](u64 field) { *fields++ = field; };
+    auto put_address = [&](const void* field) { put(reinterpret_cast<u64>(field)); };
+    put_address(a.x);
+    put_address(a.weight[0]), put_address(a.weight[1]);
+    put_address(a.second[0]), put_address(a.second[1]);
+    put_address(a.out);
+    put_address(a.bias);
+    put_address(a.kv);
+    put_address(a.rope);
+    put_address(a.positions);
+    put_address(a.slots);
+    put(a.weight_type);
+    put(a.bias_type);
+    put(a.depth);
+    put(a.width);
+    put(a.out_width);
+    put(a.num_heads);
+    put(a.num_kv_heads);
+    put(a.head_dim);
+    put(a.published);
+    put(a.num_ranges);
+    put(a.num_vision_tiles);
+    put(a.num_tiles_m);
+    for (u32 i = 0; i < MAX_RANGES; ++i) put(a.ranges[i].first), put(a.ranges[i].end), put(a.ranges[i].expert);
+}
+
+extern "C" __global__ void maps_echo(const __grid_constant__ Maps maps, u64* fields) {
+    auto put = [&](const TensorMap& map) {
+        for (u32 i = 0; i < 16; ++i) *fields++ = map.opaque[i];
+    };
+    put(maps.x);
+    put(maps.x_groups);
+    put(maps.weight[0]), put(maps.weight[1]);
+    put(maps.second[0]), put(maps.second[1]);
+}

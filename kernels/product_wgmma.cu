@@ -22,22 +22,11 @@
 // launch   grid = min(2 * units, multiprocessors), clusters of 2, block = 384       wrapper  cogvlm-cuda ops::product_wgmma
 // oracle   oracle::{expert_linear, linear, gate_up, qkv_rope_append}
 // spills allowed: product_wgmma_bias_gelu_240 90a 16 outside of its loop
+#include "include/maps.cuh"
 #include "include/product.cuh"
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #include "include/wgmma.cuh"
 #endif
-
-struct alignas(64) TensorMap {
-    u64 opaque[16];
-};
-
-// Field by field as `Maps` in cogvlm-cuda/src/ops/product_wgmma.rs.
-struct Maps {
-    TensorMap x;         // boxes of 128 rows
-    TensorMap x_groups;  // boxes of 8 rows
-    TensorMap weight[2];
-    TensorMap second[2];
-};
 
 constexpr u32 THREADS = 384;
 constexpr u32 TILE_ROWS = 128;

@@ -6,6 +6,7 @@
 //          temperature and the exponential in f64. A mass is that exponential in units of 1 / `unit`, rounded to an
 //          integer: sums have no order and no error. `unit` is a power of two, vocab_size * unit at most 2^62
 // launch   grid = rows, block = THREADS     wrapper cogvlm-cuda ops::sample     oracle sampling::sample
+//          sample_echo: one thread writes what it finds in each field of two requests, for a test
 #include "include/common.cuh"
 
 constexpr u32 THREADS = 1024;
@@ -331,4 +332,22 @@ extern "C" __global__ __launch_bounds__(THREADS) void sample_rows(
         num_last = (target - below + last_mass - 1) / last_mass;
     }
     draw(vocab_size, distance, masses, last, num_last, last_mass, request.uniform, chosen);
+}
+
+struct TwoRequests {
+    RowRequest request[2];
+};
+
+extern "C" __global__ void sample_echo(const __grid_constant__ TwoRequests requests, u64* fields) {
+    auto put = [&](u64 field) { *fields++ = field; };
+    for (u32 i = 0; i < 2; ++i) {
+        const RowRequest& request = requests.request[i];
+        put(request.uniform);
+        put(__float_as_uint(request.temperature));
+        put(__float_as_uint(request.top_p));
+        put(__float_as_uint(request.penalty));
+        put(request.top_k);
+        put(request.first_seen);
+        put(request.num_seen);
+    }
 }

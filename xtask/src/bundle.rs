@@ -1,5 +1,6 @@
 //! Puts together what tests a GPU on a machine without Rust: docs/gpu-testing.md.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
@@ -9,6 +10,8 @@ use serde_json::Value;
 const MAX_BYTES: u64 = 60_000_000;
 /// How tests say that they are for a bundle.
 const MARK: &str = "ignore = \"needs a GPU";
+/// The target of tests that stand in a library's source, and what their executable is called after.
+const LIBRARY: &str = "lib";
 /// What of the repository they read.
 const DATA: &str = "tests/goldens";
 const SCRIPT: &str = include_str!("bundle/run.sh");
@@ -55,19 +58,22 @@ fn try_make(root: &Path, out: Option<&Path>) -> Result<(), String> {
     Ok(())
 }
 
-/// Package and name of every test file with tests for a GPU.
+/// Package and target of all that has tests for a GPU: test files by their names, and libraries as [`LIBRARY`].
 fn gpu_tests(root: &Path) -> Result<Vec<(String, String)>, String> {
-    let mut found = Vec::new();
-    for file in lines_of(Command::new("git").current_dir(root).args(["ls-files", "crates/*/tests/*.rs"]))? {
-        let text = std::fs::read_to_string(root.join(&file)).map_err(|error| format!("{file}: {error}"))?;
+    let mut found = BTreeSet::new();
+    for file in lines_of(Command::new("git").current_dir(root).args(["ls-files", "crates/*.rs"]))? {
         let parts: Vec<&str> = file.split('/').collect();
-        if let [_, package, _, name] = parts[..]
-            && text.contains(MARK)
-        {
-            found.push((package.to_owned(), name.trim_end_matches(".rs").to_owned()));
+        let (package, target) = match parts[..] {
+            [_, package, "tests", name] => (package, name.trim_end_matches(".rs")),
+            [_, package, "src", ..] => (package, LIBRARY),
+            _ => continue,
+        };
+        let text = std::fs::read_to_string(root.join(&file)).map_err(|error| format!("{file}: {error}"))?;
+        if text.lines().any(|line| line.contains(MARK) && !line.trim_start().starts_with("//")) {
+            found.insert((package.to_owned(), target.to_owned()));
         }
     }
-    if found.is_empty() { Err(format!("no test says `{MARK}`")) } else { Ok(found) }
+    if found.is_empty() { Err(format!("no test says `{MARK}`")) } else { Ok(found.into_iter().collect()) }
 }
 
 struct Built {
@@ -81,7 +87,12 @@ fn build(root: &Path, tests: &[(String, String)]) -> Result<Built, String> {
     command.current_dir(root).env("COGVLM_CUDA", "require");
     command.args(["test", "--release", "--no-run", "--message-format=json-render-diagnostics"]);
     for (package, test) in tests {
-        command.args(["--package", package, "--test", test]);
+        command.args(["--package", package]);
+        if test == LIBRARY {
+            command.arg("--lib")
+        } else {
+            command.args(["--test", test])
+        };
     }
     // The program itself; its package's tests would have it built too.
     command.args(["--package", "cogvlm-cli", "--bin", "cogvlm-shard"]);
@@ -99,9 +110,10 @@ fn build(root: &Path, tests: &[(String, String)]) -> Result<Built, String> {
         let is_test = message["profile"]["test"] == true;
         if kind == "bin" && !is_test && target == "cogvlm-shard" {
             program = Some(executable);
-        } else if kind == "test" {
+        } else if is_test && (kind == "test" || kind == "lib") {
             let package = package_name(message["manifest_path"].as_str().unwrap_or_default());
-            // Asking for a test by name gives every package's test of that name.
+            let target = if kind == "lib" { LIBRARY } else { target };
+            // Asking for a test by name gives every package's test of that name, and so it is with libraries.
             if tests.contains(&(package.clone(), target.to_owned())) {
                 executables.push((format!("{package}-{target}"), executable));
             }

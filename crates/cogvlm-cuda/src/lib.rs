@@ -13,6 +13,8 @@ pub mod ceiling;
 mod cublas;
 mod device;
 mod driver;
+#[cfg(test)]
+mod echo;
 mod error;
 mod graph;
 mod host_copy;

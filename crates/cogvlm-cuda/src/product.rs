@@ -280,3 +280,59 @@ impl Product {
         product_mma::run(cuda, self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use super::*;
+    use crate::device::arg;
+    use crate::echo::{Numbers, echo};
+
+    #[test]
+    fn arguments_are_laid_out_as_in_c() {
+        // 11 addresses, 12 numbers, ranges of 3 each.
+        assert_eq!(size_of::<ProductArguments>(), 11 * 8 + 12 * 4 + MAX_RANGES * 3 * 4);
+        assert_eq!(offset_of!(ProductArguments, weight_type), 11 * 8);
+        assert_eq!(offset_of!(ProductArguments, ranges), 11 * 8 + 12 * 4);
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn kernels_find_every_argument() {
+        let mut numbers = Numbers::default();
+        // In the order in which the kernel names the fields.
+        let arguments = ProductArguments {
+            x: numbers.wide(),
+            weight: [numbers.wide(), numbers.wide()],
+            second: [numbers.wide(), numbers.wide()],
+            out: numbers.wide(),
+            bias: numbers.wide(),
+            kv: numbers.wide(),
+            rope: numbers.wide(),
+            positions: numbers.wide(),
+            slots: numbers.wide(),
+            weight_type: numbers.narrow(),
+            bias_type: numbers.narrow(),
+            depth: numbers.narrow(),
+            width: numbers.narrow(),
+            out_width: numbers.narrow(),
+            num_heads: numbers.narrow(),
+            num_kv_heads: numbers.narrow(),
+            head_dim: numbers.narrow(),
+            published: numbers.narrow(),
+            num_ranges: numbers.narrow(),
+            num_vision_tiles: numbers.narrow(),
+            num_tiles_m: numbers.narrow(),
+            ranges: [(); MAX_RANGES].map(|()| RowRange {
+                first: numbers.narrow(),
+                end: numbers.narrow(),
+                expert: numbers.narrow(),
+            }),
+        };
+        let given = numbers.given();
+        // SAFETY: `product_echo` takes a `Product`, and writes a number for each of its fields.
+        let found = unsafe { echo("product_generic", "product_echo", &[arg(&arguments)], given.len()) };
+        assert_eq!(found, given);
+    }
+}

@@ -13,6 +13,12 @@ pub(crate) struct TensorMap {
 }
 
 impl TensorMap {
+    /// One that describes nothing.
+    #[cfg(test)]
+    pub(crate) fn of(opaque: [u64; 16]) -> Self {
+        Self { map: cu::CUtensorMap { opaque } }
+    }
+
     /// Tiles of `box_rows` rows by 64 columns of a row-major bf16 matrix `[rows, columns]`, in the 128-byte swizzle.
     /// What lies outside of the matrix reads as zero. `columns` is a multiple of 8, `address` of 16.
     pub(crate) fn tiles(

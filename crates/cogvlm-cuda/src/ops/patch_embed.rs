@@ -15,7 +15,7 @@ const TILE: usize = 64;
 /// Elements of a patch that the offsets of `patch_embed_bf16_mma` are made for: 2 bytes each, beside 20 KiB of tiles.
 const MOST_MMA_DEPTH: usize = 12 << 10;
 
-/// `Weights` of kernels/patch_embed.cu.
+/// `Weights` of kernels/patch_embed.cu, passed by value.
 #[repr(C)]
 struct KernelWeights {
     /// Projection, bias, class token, position.
@@ -92,4 +92,23 @@ pub(crate) fn patch_embed(
     let mut arguments = [arg(&input), arg(&kernel_weights), arg(&images), arg(&output), arg(&columns)];
     // SAFETY: arguments and block are those of `patch_embed_f32` and `patch_embed_bf16`; all shapes were checked above.
     unsafe { cuda.gpu.launch("patch_embed", kernel, launch, &mut arguments) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::echo::{Numbers, echo};
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn kernels_find_every_field() {
+        let mut numbers = Numbers::default();
+        let addresses = [(); 4].map(|()| numbers.wide());
+        let weights = KernelWeights { addresses, types: [(); 4].map(|()| numbers.narrow()) };
+        let images = [(); 4].map(|()| numbers.narrow());
+        let given = numbers.given();
+        // SAFETY: `patch_embed_echo` takes `Weights` and `Images`, and writes a number for each of their fields.
+        let found = unsafe { echo("patch_embed", "patch_embed_echo", &[arg(&weights), arg(&images)], given.len()) };
+        assert_eq!(found, given);
+    }
 }

@@ -103,3 +103,23 @@ pub(crate) fn run(cuda: &CudaBackend, product: &Product) -> Result<(), BackendEr
     // that `takes` asks for; addresses, rows and widths in it were checked when it was made.
     unsafe { cuda.gpu.launch("product_wgmma", kernel, launch, &mut [arg(&arguments), arg(&maps)]) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::echo::{Numbers, echo};
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn kernels_find_every_map() {
+        let mut numbers = Numbers::default();
+        let mut map = || TensorMap::of([(); 16].map(|()| numbers.wide()));
+        // In the order in which the kernel names the fields.
+        let maps = Maps { x: map(), x_groups: map(), weight: [map(), map()], second: [map(), map()] };
+        let given = numbers.given();
+        assert_eq!(size_of::<Maps>(), given.len() * size_of::<u64>());
+        // SAFETY: `maps_echo` takes a `Maps`, and writes all of its numbers.
+        let found = unsafe { echo("product_generic", "maps_echo", &[arg(&maps)], given.len()) };
+        assert_eq!(found, given);
+    }
+}

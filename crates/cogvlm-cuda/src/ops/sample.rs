@@ -179,6 +179,29 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs a GPU"]
+    fn kernels_find_every_field_of_requests() {
+        let params = SamplingParams { temperature: 0.5, top_k: 7, top_p: 0.25, repetition_penalty: 1.5, seed: 3 };
+        let other = SamplingParams { temperature: 2.0, top_k: 9, top_p: 0.75, repetition_penalty: 1.25, seed: 4 };
+        let request = |params, seen, index| SampleRequest { params, seen, index };
+        let words = words(&[request(&params, &[4, 5], 11), request(&other, &[6, 7, 8], 12)]);
+        let requests: [u32; 2 * REQUEST_WORDS] = words[..2 * REQUEST_WORDS].try_into().expect("two requests");
+        #[repr(C, align(8))]
+        struct TwoRequests([u32; 2 * REQUEST_WORDS]);
+        let passed = TwoRequests(requests);
+        // SAFETY: `sample_echo` takes two `RowRequest`, and writes a number for each of their fields.
+        let found = unsafe { crate::echo::echo("sample", "sample_echo", &[arg(&passed)], 14) };
+        for (index, (params, [first_seen, num_seen])) in [(params, [0, 2]), (other, [2, 3])].into_iter().enumerate() {
+            let draw = (sampling::uniform(params.seed, 11 + index as u64) * 2_f64.powi(53)) as u64;
+            let [temperature, top_p, penalty] = [params.temperature, params.top_p, params.repetition_penalty];
+            let floats = [temperature, top_p, penalty].map(|value| u64::from(value.to_bits()));
+            assert_eq!(found[7 * index], draw << 11);
+            assert_eq!(found[7 * index + 1..][..3], floats);
+            assert_eq!(found[7 * index + 4..][..3], [params.top_k as u64, first_seen, num_seen]);
+        }
+    }
+
+    #[test]
     fn masses_of_all_tokens_fit_their_type() {
         for (vocab_size, log) in [(1, 62), (2, 61), (7, 59), (32_000, 47), (32_768, 47), (32_769, 46)] {
             assert_eq!(unit(vocab_size), 2_f64.powi(log), "{vocab_size}");

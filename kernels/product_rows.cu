@@ -12,14 +12,9 @@
 // tile while one is finished. As blocks end, those of the next kernel start in their places and load their first
 // weights while this one ends (`wait_for_previous`).
 //
-// Of one or two rows, qkv and gate_up also come with the RMS norm of x in front: every block computes it anew while its
-// first weights are on their way, and keeps the rows in shared memory; a kernel of its own would let the memory idle.
-//
-// launch   grid = min(tiles, 2 * multiprocessors), block = 256; with a norm, num_rows * (2 * depth + 16) bytes of dynamic
-//          shared memory       wrapper  cogvlm-cuda ops::product_rows
+// launch   grid = min(tiles, 2 * multiprocessors), block = 256       wrapper  cogvlm-cuda ops::product_rows
 // oracle   oracle::{expert_linear, linear, gate_up, qkv_rope_append}
 // spills allowed: product_rows_qkv_16 120 8 one value, on a GPU that it is not tuned for
-#include "include/norm.cuh"
 #include "include/product.cuh"
 
 __device__ __forceinline__ uint4 load_weights(const bf16* p) {
@@ -42,9 +37,8 @@ struct Elements {
 };
 
 // WARPS share the depth; rows of x come in ROW_TILES of 8; AHEAD rounds of 64 elements a warp are under way.
-// NORMS is the most rows of x that are normalised first, 0 where x is used as it is.
-template <u32 FINISH, u32 WARPS, u32 ROW_TILES, u32 AHEAD, u32 NORMS>
-__device__ void product(const Product& a, const uint4* norm, float eps) {
+template <u32 FINISH, u32 WARPS, u32 ROW_TILES, u32 AHEAD>
+__device__ void product(const Product& a) {
     constexpr bool PAIRED = is_paired(FINISH);
     constexpr u32 STRIDE = WARPS * 64;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -101,27 +95,6 @@ __device__ void product(const Product& a, const uint4* norm, float eps) {
     for (u32 r = 0; r < ROW_TILES; ++r) {
         has_row[r] = r * 8 + g < num_rows;
         x[r] = static_cast<const bf16*>(a.x) + u64(first_row + (has_row[r] ? r * 8 + g : 0)) * a.depth;
-    }
-    if constexpr (NORMS > 0) {
-        extern __shared__ uint4 rows[];  // rows of `chunks` and one more, so that two rows lie in different banks
-        const u32 chunks = a.depth / 8;
-        const uint4* in = static_cast<const uint4*>(a.x) + u64(first_row) * chunks;
-        float squares[NORMS] = {};
-        for (u32 c = threadIdx.x; c < chunks; c += NORM_THREADS)
-#pragma unroll
-            for (u32 r = 0; r < NORMS; ++r)
-                if (r < num_rows) squares[r] = add_squares(in[u64(r) * chunks + c], squares[r]);
-        block_sums(squares);
-        for (u32 c = threadIdx.x; c < chunks; c += NORM_THREADS) {
-            const uint4 weights = norm[c];
-#pragma unroll
-            for (u32 r = 0; r < NORMS; ++r)
-                if (r < num_rows)
-                    rows[r * (chunks + 1) + c] =
-                        normalised(in[u64(r) * chunks + c], weights, norm_scale(squares[r], a.depth, eps));
-        }
-        __syncthreads();  // rows[] is complete
-        x[0] = reinterpret_cast<const bf16*>(rows + (has_row[0] ? g : 0) * (chunks + 1));
     }
     auto x_at = [&](u32 r, u32 k) -> Elements {
         return {has_row[r] && k < a.depth ? *reinterpret_cast<const uint4*>(x[r] + k) : zero,
@@ -180,23 +153,19 @@ __device__ void product(const Product& a, const uint4* norm, float eps) {
 }
 
 // Two blocks fill a multiprocessor.
-#define PRODUCT(NAME, FINISH, ROW_TILES, AHEAD)                                                                    \
-    extern "C" __global__ __launch_bounds__(256, 2) void product_rows_##NAME(const __grid_constant__ Product a) { \
-        product<FINISH, 8, ROW_TILES, AHEAD, 0>(a, nullptr, 0.0f);                                                 \
-    }
-#define PRODUCT_OF_NORM(NAME, FINISH)                                                            \
-    extern "C" __global__ __launch_bounds__(256, 2) void product_rows_norm_##NAME(               \
-        const __grid_constant__ Product a, const uint4* norm, float eps) {                       \
-        product<FINISH, 8, 1, 4, 2>(a, norm, eps);                                               \
+#define PRODUCT(NAME, FINISH, WARPS, ROW_TILES, AHEAD)                                                          \
+    extern "C" __global__ __launch_bounds__(WARPS * 32, 2) void product_rows_##NAME(                            \
+        const __grid_constant__ Product a) {                                                                    \
+        product<FINISH, WARPS, ROW_TILES, AHEAD>(a);                                                            \
     }
 // The number is the most rows of x.
-#define PRODUCTS(NAME, FINISH, AHEAD_16)    \
-    PRODUCT(NAME##_8, FINISH, 1, 4)         \
-    PRODUCT(NAME##_16, FINISH, 2, AHEAD_16)
-PRODUCTS(bias, BIAS, 4)
-PRODUCTS(residual, RESIDUAL, 4)
-PRODUCTS(gate_up, GATE_UP, 4)
-PRODUCTS(qkv, QKV, 2)  // the rotation takes registers from the loads
-PRODUCTS(logits, LOGITS, 4)
-PRODUCT_OF_NORM(gate_up, GATE_UP)
-PRODUCT_OF_NORM(qkv, QKV)
+#define PRODUCTS(NAME, FINISH)                 \
+    PRODUCT(NAME##_8, FINISH, 8, 1, 4)         \
+    PRODUCT(NAME##_16, FINISH, 8, 2, 4)
+PRODUCTS(bias, BIAS)
+PRODUCTS(residual, RESIDUAL)
+PRODUCTS(gate_up, GATE_UP)
+// The rotation takes registers from the loads.
+PRODUCT(qkv_8, QKV, 8, 1, 4)
+PRODUCT(qkv_16, QKV, 8, 2, 2)
+PRODUCTS(logits, LOGITS)

@@ -2,8 +2,10 @@
 // x, y     T [.., width] row-major, T float or bf16; weight [width] of any type, rounded to T; any width
 // rows     row(t) = rows[t] where `rows` is given (u32), else t; y may be x only without `rows`
 // rounding sums in f32, one rounding, at the store
-// launch   grid = rows of y, block = 256         wrapper cogvlm-cuda ops::rms_norm     oracle oracle::rms_norm
-#include "include/norm.cuh"
+// launch   grid = rows of y, block = THREADS     wrapper cogvlm-cuda ops::rms_norm     oracle oracle::rms_norm
+#include "include/common.cuh"
+
+constexpr u32 THREADS = 256;
 
 template <class T>
 __device__ void rms_norm(const T* x, const void* weight, u32 weight_type, const u32* rows, T* y, u32 width, float eps) {
@@ -13,56 +15,59 @@ __device__ void rms_norm(const T* x, const void* weight, u32 weight_type, const 
     const T* in = x + row * width;
     T* out = y + u64(blockIdx.x) * width;
     float squares = 0.0f;
-    for (u32 i = threadIdx.x; i < width; i += NORM_THREADS) {
+    for (u32 i = threadIdx.x; i < width; i += THREADS) {
         const float v = to_float(in[i]);
         squares += v * v;
     }
-    const float scale = 1.0f / sqrtf(block_sum<NORM_THREADS>(squares) / float(width) + eps);
-    for (u32 i = threadIdx.x; i < width; i += NORM_THREADS)
+    const float scale = 1.0f / sqrtf(block_sum<THREADS>(squares) / float(width) + eps);
+    for (u32 i = threadIdx.x; i < width; i += THREADS)
         out[i] = from_float<T>(rounded<T>(load_element(weight, weight_type, i)) * (to_float(in[i]) * scale));
 }
 
-extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm_f32(
+// Eight elements a thread, kept in registers between the two passes. Needs width = THREADS * 8 * CHUNKS exactly, bf16.
+template <u32 CHUNKS>
+__device__ void rms_norm_wide(const bf16* x, const bf16* weight, const u32* rows, bf16* y, float eps) {
+    constexpr u32 WIDTH = THREADS * 8 * CHUNKS;
+    allow_next();
+    uint4 w[CHUNKS];
+#pragma unroll
+    for (u32 c = 0; c < CHUNKS; ++c) w[c] = reinterpret_cast<const uint4*>(weight)[c * THREADS + threadIdx.x];
+    wait_for_previous();
+    const u64 row = rows ? rows[blockIdx.x] : blockIdx.x;
+    uint4 v[CHUNKS];
+    float squares = 0.0f;
+#pragma unroll
+    for (u32 c = 0; c < CHUNKS; ++c) {
+        v[c] = reinterpret_cast<const uint4*>(x + row * WIDTH)[c * THREADS + threadIdx.x];
+        const u32 pairs[4] = {v[c].x, v[c].y, v[c].z, v[c].w};
+#pragma unroll
+        for (u32 p = 0; p < 4; ++p)
+            squares += low_bf16(pairs[p]) * low_bf16(pairs[p]) + high_bf16(pairs[p]) * high_bf16(pairs[p]);
+    }
+    const float scale = 1.0f / sqrtf(block_sum<THREADS>(squares) / float(WIDTH) + eps);
+#pragma unroll
+    for (u32 c = 0; c < CHUNKS; ++c) {
+        const u32 pairs[4] = {v[c].x, v[c].y, v[c].z, v[c].w};
+        const u32 weights[4] = {w[c].x, w[c].y, w[c].z, w[c].w};
+        u32 result[4];
+#pragma unroll
+        for (u32 p = 0; p < 4; ++p)
+            result[p] = pack_bf16(low_bf16(weights[p]) * (low_bf16(pairs[p]) * scale),
+                                  high_bf16(weights[p]) * (high_bf16(pairs[p]) * scale));
+        reinterpret_cast<uint4*>(y + u64(blockIdx.x) * WIDTH)[c * THREADS + threadIdx.x] =
+            make_uint4(result[0], result[1], result[2], result[3]);
+    }
+}
+
+extern "C" __global__ __launch_bounds__(THREADS) void rms_norm_f32(
     const float* x, const void* weight, u32 weight_type, const u32* rows, float* y, u32 width, float eps) {
     rms_norm(x, weight, weight_type, rows, y, width, eps);
 }
-extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm_bf16(
+extern "C" __global__ __launch_bounds__(THREADS) void rms_norm_bf16(
     const bf16* x, const void* weight, u32 weight_type, const u32* rows, bf16* y, u32 width, float eps) {
     rms_norm(x, weight, weight_type, rows, y, width, eps);
 }
-
-// Widths that are a multiple of 8, weights of bf16. The first two chunks of a thread stay in registers: all, up to 4096.
-extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm_bf16_chunks(
-    const uint4* x, const uint4* weight, const u32* rows, uint4* y, u32 width, float eps) {
-    constexpr u32 KEPT = 2;
-    const u32 chunks = width / 8;
-    const uint4 zero = make_uint4(0, 0, 0, 0);
-    allow_next();
-    uint4 w[KEPT], v[KEPT];
-#pragma unroll
-    for (u32 i = 0; i < KEPT; ++i) {
-        const u32 c = threadIdx.x + i * NORM_THREADS;
-        w[i] = c < chunks ? weight[c] : zero;
-    }
-    wait_for_previous();
-    const uint4* in = x + u64(rows ? rows[blockIdx.x] : blockIdx.x) * chunks;
-    uint4* out = y + u64(blockIdx.x) * chunks;
-    float squares[1] = {0.0f};
-#pragma unroll
-    for (u32 i = 0; i < KEPT; ++i) {
-        const u32 c = threadIdx.x + i * NORM_THREADS;
-        v[i] = c < chunks ? in[c] : zero;
-        squares[0] = add_squares(v[i], squares[0]);
-    }
-    for (u32 c = threadIdx.x + KEPT * NORM_THREADS; c < chunks; c += NORM_THREADS)
-        squares[0] = add_squares(in[c], squares[0]);
-    block_sums(squares);
-    const float scale = norm_scale(squares[0], width, eps);
-#pragma unroll
-    for (u32 i = 0; i < KEPT; ++i) {
-        const u32 c = threadIdx.x + i * NORM_THREADS;
-        if (c < chunks) out[c] = normalised(v[i], w[i], scale);
-    }
-    for (u32 c = threadIdx.x + KEPT * NORM_THREADS; c < chunks; c += NORM_THREADS)
-        out[c] = normalised(in[c], weight[c], scale);
+extern "C" __global__ __launch_bounds__(THREADS) void rms_norm_bf16_4096(
+    const bf16* x, const bf16* weight, const u32* rows, bf16* y, float eps) {
+    rms_norm_wide<2>(x, weight, rows, y, eps);
 }

@@ -27,7 +27,6 @@ mod batches;
 mod data;
 mod embed;
 mod experts;
-mod fused_norm;
 mod gate_up;
 mod harness;
 mod host_tensor;
@@ -46,7 +45,6 @@ mod weights;
 
 pub use attention::{attention, set_batch};
 pub use embed::{copy_weight_rows, embed};
-pub use fused_norm::{norm_gate_up, norm_qkv_rope_append};
 pub use gate_up::gate_up;
 pub use host_tensor::VecTensor;
 pub use image_attention::image_attention;
@@ -93,7 +91,7 @@ macro_rules! conformance_suite {
             @$rule ($($arguments)*)
             alloc out_of_memory write_read copy_rows send_receive staging host_failure
             embed copy_weight_rows rms_norm rms_norm_logit_rows linear logits linear_residual gate_up
-            norm_gate_up norm_qkv_rope_append qkv_rope_append set_batch attention chunked_prefill sample
+            qkv_rope_append set_batch attention chunked_prefill sample
             patch_embed image_attention layer_norm_residual layer_norm_gelu
         }
     };

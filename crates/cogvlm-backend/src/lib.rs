@@ -115,15 +115,6 @@ impl<W> Clone for ExpertWeights<'_, W> {
 }
 impl<W> Copy for ExpertWeights<'_, W> {}
 
-/// An RMS norm in front of an operation.
-#[derive(Debug)]
-pub struct Norm<'a, W> {
-    /// `[width]`
-    pub weight: &'a W,
-    /// Added to the mean square.
-    pub eps: f32,
-}
-
 /// What a plain linear applies to its result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
@@ -338,30 +329,6 @@ pub trait Backend: Send + Sync + 'static {
         ranges: &[ExpertRange], out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
-    /// [`qkv_rope_append`](Self::qkv_rope_append) of the [`rms_norm`](Self::rms_norm) of the batch's rows of `x`, bit for
-    /// bit. `normed`, as large as `x`, is there for the norm; what it holds afterwards is the backend's own affair.
-    #[expect(clippy::too_many_arguments, reason = "one fused operation, as a GPU runs it")]
-    fn norm_qkv_rope_append(
-        &self, x: &Self::Buffer, norm: Norm<'_, Self::Weight>, normed: &mut Self::Buffer,
-        weights: ExpertWeights<'_, Self::Weight>, ranges: &[ExpertRange], heads: HeadGeometry, rope: &Self::Buffer,
-        mode: RopeMode, tables: &Self::Tables, query: &mut Self::Buffer, kv: &mut Self::Buffer,
-    ) -> Result<(), BackendError> {
-        self.rms_norm(x, norm.weight, norm.eps, rows_of(ranges), normed)?;
-        self.qkv_rope_append(normed, weights, ranges, heads, rope, mode, tables, query, kv)
-    }
-
-    /// [`gate_up`](Self::gate_up) of the [`rms_norm`](Self::rms_norm) of the rows of `ranges`, bit for bit; `normed` as in
-    /// [`norm_qkv_rope_append`](Self::norm_qkv_rope_append).
-    #[expect(clippy::too_many_arguments, reason = "one fused operation, as a GPU runs it")]
-    fn norm_gate_up(
-        &self, x: &Self::Buffer, norm: Norm<'_, Self::Weight>, normed: &mut Self::Buffer,
-        gate: ExpertWeights<'_, Self::Weight>, up: ExpertWeights<'_, Self::Weight>, ranges: &[ExpertRange],
-        out: &mut Self::Buffer,
-    ) -> Result<(), BackendError> {
-        self.rms_norm(x, norm.weight, norm.eps, rows_of(ranges), normed)?;
-        self.gate_up(normed, gate, up, ranges, out)
-    }
-
     /// `logits = x Wᵀ` for the first `rows` rows, rounded to the activation type, stored as f32.
     fn logits(
         &self, x: &Self::Buffer, weight: &Self::Weight, rows: usize, logits: &mut Self::Buffer,
@@ -413,9 +380,4 @@ pub trait Backend: Send + Sync + 'static {
     fn copy_weight_rows(
         &self, weight: &Self::Weight, destination: &mut Self::Buffer, first_row: usize,
     ) -> Result<(), BackendError>;
-}
-
-/// Rows up to the end of the last range.
-pub fn rows_of(ranges: &[ExpertRange]) -> usize {
-    ranges.last().map_or(0, |range| range.rows.end)
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use cogvlm_backend::shape::unsupported;
 use cogvlm_backend::{
-    Activation, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, MemoryUse, Norm, PatchGeometry,
+    Activation, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, MemoryUse, PatchGeometry,
     PatchWeights, RopeMode, SampleRequest, StagedSource,
 };
 use cogvlm_core::tokens::ExpertRange;
@@ -252,23 +252,6 @@ impl Backend for CudaBackend {
         ranges: &[ExpertRange], out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
         ops::gate_up::gate_up(self, x, gate, up, ranges, out)
-    }
-
-    fn norm_qkv_rope_append(
-        &self, x: &CudaBuffer, norm: Norm<'_, CudaWeight>, normed: &mut CudaBuffer,
-        weights: ExpertWeights<'_, CudaWeight>, ranges: &[ExpertRange], heads: HeadGeometry, rope: &CudaBuffer,
-        mode: RopeMode, tables: &CudaTables, query: &mut CudaBuffer, kv: &mut CudaBuffer,
-    ) -> Result<(), BackendError> {
-        use ops::qkv_rope_append::norm_qkv_rope_append as run;
-        run(self, x, &norm, normed, weights, ranges, heads, rope, mode, tables, query, kv)
-    }
-
-    fn norm_gate_up(
-        &self, x: &CudaBuffer, norm: Norm<'_, CudaWeight>, normed: &mut CudaBuffer,
-        gate: ExpertWeights<'_, CudaWeight>, up: ExpertWeights<'_, CudaWeight>, ranges: &[ExpertRange],
-        out: &mut CudaBuffer,
-    ) -> Result<(), BackendError> {
-        ops::gate_up::norm_gate_up(self, x, &norm, normed, gate, up, ranges, out)
     }
 
     fn logits(

@@ -1,15 +1,14 @@
 //! Products with weights of two experts: one description for all kernels that compute them, and which of those does.
 
-use cogvlm_backend::shape::{expect_ranges, expect_rows, expect_shape, unsupported};
-use cogvlm_backend::{BackendError, ExpertWeights, HeadGeometry, Norm, RopeMode};
+use cogvlm_backend::shape::{expect_ranges, expect_shape, unsupported};
+use cogvlm_backend::{BackendError, ExpertWeights, HeadGeometry, RopeMode};
 use cogvlm_core::tokens::ExpertRange;
 use cogvlm_core::{DType, Expert};
 use cudarc::driver::sys::CUdeviceptr;
 
 use crate::backend::{CudaBackend, KernelPath};
 use crate::buffer::{CudaBuffer, dtype_code};
-use crate::ops::product_rows::FusedNorm;
-use crate::ops::{product_generic, product_mma, product_rows, product_wgmma, rms_norm};
+use crate::ops::{product_generic, product_mma, product_rows, product_wgmma};
 use crate::tables::CudaTables;
 use crate::weight::CudaWeight;
 
@@ -232,42 +231,12 @@ impl Product {
         Ok(())
     }
 
-    /// Computes it for the RMS norm of `x`, of which it was made: in one kernel where there is one, else the norm goes to
-    /// `normed` first.
-    pub(crate) fn run_normed(
-        mut self, cuda: &CudaBackend, norm: &Norm<'_, CudaWeight>, normed: &mut CudaBuffer, x: &CudaBuffer,
-    ) -> Result<(), BackendError> {
-        const OP: &str = "rms_norm";
-        let width = self.arguments.depth;
-        expect_shape(OP, "weight", norm.weight.shape(), &[width as usize])?;
-        let end = self.ranges.last().map_or(0, |range| range.end as usize);
-        expect_rows(OP, "out", normed.shape(), [end, width as usize])?;
-        if let ([range], true) = (&self.ranges[..], self.is_vectorised(cuda)) {
-            self.num_rows = (range.end - range.first) as usize;
-            if product_rows::takes_norm(&self) && norm.weight.dtype() == DType::Bf16 {
-                self.arguments.num_ranges = 1;
-                self.arguments.ranges[0] = *range;
-                self.is_stable &= norm.weight.is_stable();
-                let fused = FusedNorm { weight: norm.weight.address(OP, "weight")?, eps: norm.eps };
-                return product_rows::run_normed(cuda, &self, &fused);
-            }
-        }
-        rms_norm::rms_norm(cuda, x, norm.weight, norm.eps, end, normed)?;
-        self.arguments.x = normed.address();
-        self.x_rows = normed.rows();
-        self.run(cuda)
-    }
-
-    /// Whether the kernels for bf16 take it.
-    fn is_vectorised(&self, cuda: &CudaBackend) -> bool {
-        let is_bf16 = cuda.activations == DType::Bf16 && self.weight_dtype == DType::Bf16;
-        let depth = self.arguments.depth;
-        cuda.path != KernelPath::Generic && is_bf16 && depth > 0 && depth.is_multiple_of(8)
-    }
-
     /// Computes the rows of the ranges in `arguments` with the fastest kernel that takes it.
     fn launch(&self, cuda: &CudaBackend) -> Result<(), BackendError> {
-        if !self.is_vectorised(cuda) {
+        let is_bf16 = cuda.activations == DType::Bf16 && self.weight_dtype == DType::Bf16;
+        let depth = self.arguments.depth;
+        let is_vectorised = is_bf16 && depth > 0 && depth.is_multiple_of(8);
+        if cuda.path == KernelPath::Generic || !is_vectorised {
             return product_generic::run(cuda, self);
         }
         if self.num_rows <= product_rows::MAX_ROWS && self.arguments.num_ranges == 1 && self.finish != Finish::BiasGelu

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use cogvlm_backend::shape::unsupported;
 use cogvlm_backend::{
-    Activation, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, Norm, PatchGeometry,
-    PatchWeights, RopeMode, SampleRequest, StagedSource,
+    Activation, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, PatchGeometry, PatchWeights,
+    RopeMode, SampleRequest, StagedSource,
 };
 use cogvlm_core::DType;
 use cogvlm_core::tokens::ExpertRange;
@@ -166,19 +166,6 @@ impl<'a, C, G> Argument for ExpertWeights<'a, Either<C, G>> {
 
     fn for_cuda(self, op: &'static str) -> Result<Self::Cuda, BackendError> {
         Ok(ExpertWeights { language: self.language.for_cuda(op)?, vision: self.vision.for_cuda(op)? })
-    }
-}
-
-impl<'a, C, G> Argument for Norm<'a, Either<C, G>> {
-    type Cpu = Norm<'a, C>;
-    type Cuda = Norm<'a, G>;
-
-    fn for_cpu(self, op: &'static str) -> Result<Self::Cpu, BackendError> {
-        Ok(Norm { weight: self.weight.for_cpu(op)?, eps: self.eps })
-    }
-
-    fn for_cuda(self, op: &'static str) -> Result<Self::Cuda, BackendError> {
-        Ok(Norm { weight: self.weight.for_cuda(op)?, eps: self.eps })
     }
 }
 

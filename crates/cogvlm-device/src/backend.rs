@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use cogvlm_backend::{
-    Activation, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, MemoryUse, Norm, PatchGeometry,
+    Activation, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, MemoryUse, PatchGeometry,
     PatchWeights, RopeMode, SampleRequest, StagedSource,
 };
 use cogvlm_core::DType;
@@ -182,21 +182,6 @@ impl Backend for AnyBackend {
         out: &mut Buffer,
     ) -> Result<(), BackendError> {
         delegate!(self.gate_up(x, gate, up, ranges, out))
-    }
-
-    fn norm_qkv_rope_append(
-        &self, x: &Buffer, norm: Norm<'_, Weight>, normed: &mut Buffer, weights: ExpertWeights<'_, Weight>,
-        ranges: &[ExpertRange], heads: HeadGeometry, rope: &Buffer, mode: RopeMode, tables: &Tables,
-        query: &mut Buffer, kv: &mut Buffer,
-    ) -> Result<(), BackendError> {
-        delegate!(self.norm_qkv_rope_append(x, norm, normed, weights, ranges, heads, rope, mode, tables, query, kv))
-    }
-
-    fn norm_gate_up(
-        &self, x: &Buffer, norm: Norm<'_, Weight>, normed: &mut Buffer, gate: ExpertWeights<'_, Weight>,
-        up: ExpertWeights<'_, Weight>, ranges: &[ExpertRange], out: &mut Buffer,
-    ) -> Result<(), BackendError> {
-        delegate!(self.norm_gate_up(x, norm, normed, gate, up, ranges, out))
     }
 
     fn logits(&self, x: &Buffer, weight: &Weight, rows: usize, logits: &mut Buffer) -> Result<(), BackendError> {

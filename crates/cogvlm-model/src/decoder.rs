@@ -1,6 +1,6 @@
 //! Embedding, decoder layers, head.
 
-use cogvlm_backend::{Backend, BackendError, HeadGeometry, Norm, SampleRequest};
+use cogvlm_backend::{Backend, BackendError, HeadGeometry, SampleRequest};
 use cogvlm_core::workspace::BufferKind;
 use cogvlm_core::{Expert, Unit, WeightGroup};
 
@@ -31,7 +31,7 @@ impl<B: Backend> Rank<B> {
     /// One decoder layer on the residual in `Hidden`: attention, then MLP, each row with its expert's weights.
     pub(crate) fn decoder_layer(&mut self, layer: usize, step: &Step) -> Result<(), BackendError> {
         let (unit, backend) = (Unit::DecoderLayer(layer), self.backend.clone());
-        let (eps, mode) = (self.spec.rms_norm_eps, self.rope_mode);
+        let (rows, eps, mode) = (step.batch.num_rows(), self.spec.rms_norm_eps, self.rope_mode);
         let (num_heads, num_kv_heads, head_dim) = (self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim);
         let heads = HeadGeometry { num_heads, num_kv_heads, head_dim };
         let uses = [step.uses(Expert::Language), step.uses(Expert::Vision)];
@@ -47,31 +47,18 @@ impl<B: Backend> Rank<B> {
             BufferKind::RopeTable,
         ]);
 
-        let norm = Norm { weight: input_norm, eps };
+        backend.rms_norm(hidden, input_norm, eps, rows, normed)?;
         let qkv = self.weights.take_pair(&backend, unit, WeightGroup::Qkv, uses)?;
-        let weights = qkv.nth(0);
-        backend.norm_qkv_rope_append(
-            hidden,
-            norm,
-            normed,
-            weights,
-            ranges,
-            heads,
-            rope,
-            mode,
-            &self.tables,
-            query,
-            kv,
-        )?;
+        backend.qkv_rope_append(normed, qkv.nth(0), ranges, heads, rope, mode, &self.tables, query, kv)?;
         self.weights.give_back_pair(&backend, qkv)?;
         backend.attention(query, kv, heads, &self.tables, normed)?;
         let dense = self.weights.take_pair(&backend, unit, WeightGroup::Dense, uses)?;
         backend.linear_residual(normed, dense.nth(0), ranges, hidden)?;
         self.weights.give_back_pair(&backend, dense)?;
 
-        let norm = Norm { weight: post_norm, eps };
+        backend.rms_norm(hidden, post_norm, eps, rows, normed)?;
         let gate_up = self.weights.take_pair(&backend, unit, WeightGroup::GateUp, uses)?;
-        backend.norm_gate_up(hidden, norm, normed, gate_up.nth(0), gate_up.nth(1), ranges, inner)?;
+        backend.gate_up(normed, gate_up.nth(0), gate_up.nth(1), ranges, inner)?;
         self.weights.give_back_pair(&backend, gate_up)?;
         let down = self.weights.take_pair(&backend, unit, WeightGroup::Down, uses)?;
         backend.linear_residual(inner, down.nth(0), ranges, hidden)?;

@@ -1,7 +1,7 @@
 //! `out = silu(x Gᵀ) * (x Uᵀ)`
 
 use cogvlm_backend::shape::expect_ranges;
-use cogvlm_backend::{BackendError, ExpertWeights, Norm};
+use cogvlm_backend::{BackendError, ExpertWeights};
 use cogvlm_core::tokens::ExpertRange;
 
 use crate::backend::CudaBackend;
@@ -13,26 +13,10 @@ pub(crate) fn gate_up(
     cuda: &CudaBackend, x: &CudaBuffer, gate: ExpertWeights<'_, CudaWeight>, up: ExpertWeights<'_, CudaWeight>,
     ranges: &[ExpertRange], out: &mut CudaBuffer,
 ) -> Result<(), BackendError> {
-    product(cuda, x, gate, up, ranges, out)?.run(cuda)
-}
-
-#[expect(clippy::too_many_arguments, reason = "one fused operation, as the trait has it")]
-pub(crate) fn norm_gate_up(
-    cuda: &CudaBackend, x: &CudaBuffer, norm: &Norm<'_, CudaWeight>, normed: &mut CudaBuffer,
-    gate: ExpertWeights<'_, CudaWeight>, up: ExpertWeights<'_, CudaWeight>, ranges: &[ExpertRange],
-    out: &mut CudaBuffer,
-) -> Result<(), BackendError> {
-    product(cuda, x, gate, up, ranges, out)?.run_normed(cuda, norm, normed, x)
-}
-
-fn product(
-    cuda: &CudaBackend, x: &CudaBuffer, gate: ExpertWeights<'_, CudaWeight>, up: ExpertWeights<'_, CudaWeight>,
-    ranges: &[ExpertRange], out: &CudaBuffer,
-) -> Result<Product, BackendError> {
     const OP: &str = "gate_up";
     expect_ranges(OP, ranges, x.rows().min(out.rows()))?;
     x.expect_dtype(OP, "x", cuda.activations)?;
     out.expect_dtype(OP, "out", cuda.activations)?;
     let weights = ProductWeights { first: gate, second: Some(up) };
-    Ok(Product::new(OP, Finish::GateUp, x, &weights, ranges, out.columns())?.into_buffer(out))
+    Product::new(OP, Finish::GateUp, x, &weights, ranges, out.columns())?.into_buffer(out).run(cuda)
 }

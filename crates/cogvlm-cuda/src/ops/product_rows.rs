@@ -1,7 +1,6 @@
 //! Products of a few rows at the rate of memory: kernels/product_rows.cu.
 
 use cogvlm_backend::BackendError;
-use cudarc::driver::sys::CUdeviceptr;
 
 use crate::backend::CudaBackend;
 use crate::device::{Launch, arg};
@@ -34,34 +33,4 @@ pub(crate) fn run(cuda: &CudaBackend, product: &Product) -> Result<(), BackendEr
     // SAFETY: the kernel takes one `Product`, of at most `MAX_ROWS` rows in one range and a depth that is a multiple of
     // 8, as `Product::run` sees to; addresses, rows and widths in it were checked when it was made.
     unsafe { cuda.gpu.launch("product_rows", kernel, launch, &mut [arg(&arguments)]) }
-}
-
-/// The most rows that are normalised in front of a product (`NORMS` in the kernels): each block does so anew.
-const MAX_NORM_ROWS: usize = 2;
-
-/// A norm in front of a product: its weight, and what is added to the mean square.
-pub(crate) struct FusedNorm {
-    pub(crate) weight: CUdeviceptr,
-    pub(crate) eps: f32,
-}
-
-/// Whether a product of so few rows normalises them itself.
-pub(crate) fn takes_norm(product: &Product) -> bool {
-    matches!(product.finish, Finish::GateUp | Finish::Qkv) && product.num_rows <= MAX_NORM_ROWS
-}
-
-/// As [`run`], of the RMS norm of x.
-pub(crate) fn run_normed(cuda: &CudaBackend, product: &Product, norm: &FusedNorm) -> Result<(), BackendError> {
-    let arguments = product.tiled(1);
-    let kernel = match product.finish {
-        Finish::Qkv => "product_rows_norm_qkv",
-        _ => "product_rows_norm_gate_up",
-    };
-    let grid = arguments.width.div_ceil(8).min(BLOCKS_PER_MULTIPROCESSOR * cuda.gpu.info.num_multiprocessors);
-    let shared = product.num_rows as u32 * (2 * arguments.depth + 16);
-    let launch = Launch { shared, overlap: product.is_stable, ..Launch::blocks(grid, THREADS) };
-    // SAFETY: the kernel takes one `Product`, the weight of a norm as wide as its depth, and eps; else as in `run`.
-    unsafe {
-        cuda.gpu.launch("product_rows", kernel, launch, &mut [arg(&arguments), arg(&norm.weight), arg(&norm.eps)])
-    }
 }

@@ -1,7 +1,7 @@
 //! `[q | k | v] = x Wᵀ`, q and k rotated, k and v into the paged cache
 
 use cogvlm_backend::shape::{expect, expect_heads, expect_ranges, expect_rows};
-use cogvlm_backend::{BackendError, ExpertWeights, HeadGeometry, Norm, RopeMode};
+use cogvlm_backend::{BackendError, ExpertWeights, HeadGeometry, RopeMode};
 use cogvlm_core::DType;
 use cogvlm_core::tokens::ExpertRange;
 use cogvlm_core::workspace::BLOCK_LEN;
@@ -18,23 +18,6 @@ pub(crate) fn qkv_rope_append(
     heads: HeadGeometry, rope: &CudaBuffer, mode: RopeMode, tables: &CudaTables, query: &mut CudaBuffer,
     kv: &mut CudaBuffer,
 ) -> Result<(), BackendError> {
-    product(cuda, x, weights, ranges, heads, rope, mode, tables, query, kv)?.run(cuda)
-}
-
-#[expect(clippy::too_many_arguments, reason = "one fused operation, as the trait has it")]
-pub(crate) fn norm_qkv_rope_append(
-    cuda: &CudaBackend, x: &CudaBuffer, norm: &Norm<'_, CudaWeight>, normed: &mut CudaBuffer,
-    weights: ExpertWeights<'_, CudaWeight>, ranges: &[ExpertRange], heads: HeadGeometry, rope: &CudaBuffer,
-    mode: RopeMode, tables: &CudaTables, query: &mut CudaBuffer, kv: &mut CudaBuffer,
-) -> Result<(), BackendError> {
-    product(cuda, x, weights, ranges, heads, rope, mode, tables, query, kv)?.run_normed(cuda, norm, normed, x)
-}
-
-#[expect(clippy::too_many_arguments, reason = "one fused operation, as the trait has it")]
-fn product(
-    cuda: &CudaBackend, x: &CudaBuffer, weights: ExpertWeights<'_, CudaWeight>, ranges: &[ExpertRange],
-    heads: HeadGeometry, rope: &CudaBuffer, mode: RopeMode, tables: &CudaTables, query: &CudaBuffer, kv: &CudaBuffer,
-) -> Result<Product, BackendError> {
     const OP: &str = "qkv_rope_append";
     let HeadGeometry { num_heads, num_kv_heads, head_dim } = heads;
     let rows = tables.batch.num_rows();
@@ -48,11 +31,12 @@ fn product(
     let kv_columns = head_dim.saturating_mul(2 * BLOCK_LEN).saturating_mul(num_kv_heads);
     expect_rows(OP, "kv", kv.shape(), [tables.num_slot_blocks, kv_columns])?;
     expect_rows(OP, "rope", rope.shape(), [tables.num_positions_used, head_dim])?;
-    for (argument, buffer) in [("x", x), ("query", query), ("kv", kv)] {
+    for (argument, buffer) in [("x", x), ("query", &*query), ("kv", &*kv)] {
         buffer.expect_dtype(OP, argument, cuda.activations)?;
     }
     rope.expect_dtype(OP, "rope", DType::F32)?;
     let weights = ProductWeights { first: weights, second: None };
-    let product = Product::new(OP, Finish::Qkv, x, &weights, ranges, columns)?;
-    Ok(product.into_heads(heads, rope, mode, tables, query, kv))
+    Product::new(OP, Finish::Qkv, x, &weights, ranges, columns)?
+        .into_heads(heads, rope, mode, tables, query, kv)
+        .run(cuda)
 }

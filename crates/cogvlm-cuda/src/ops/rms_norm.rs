@@ -11,7 +11,7 @@ use crate::device::{Launch, arg};
 use crate::tables::CudaTables;
 use crate::weight::CudaWeight;
 
-/// `NORM_THREADS` of kernels/include/norm.cuh.
+/// As in kernels/rms_norm.cu.
 const THREADS: u32 = 256;
 
 pub(crate) fn rms_norm(
@@ -44,12 +44,10 @@ fn run(
     let launch = Launch { overlap: weight.is_stable(), ..Launch::blocks(rows as u32, THREADS) };
     let (input, output, weight_address) = (x.address(), out.address(), weight.address(op, "weight")?);
     let (weight_type, columns) = (dtype_code(weight.dtype()), width as u32);
-    if cuda.activations == DType::Bf16 && weight.dtype() == DType::Bf16 && width.is_multiple_of(8) {
-        let mut arguments =
-            [arg(&input), arg(&weight_address), arg(&row_indices), arg(&output), arg(&columns), arg(&eps)];
-        // SAFETY: arguments and THREADS are those of `rms_norm_bf16_chunks`; rows and width were checked above, and rows
-        // of a multiple of eight elements begin at multiples of 16 bytes.
-        return unsafe { cuda.gpu.launch("rms_norm", "rms_norm_bf16_chunks", launch, &mut arguments) };
+    if cuda.activations == DType::Bf16 && weight.dtype() == DType::Bf16 && width == 4096 {
+        let mut arguments = [arg(&input), arg(&weight_address), arg(&row_indices), arg(&output), arg(&eps)];
+        // SAFETY: arguments and THREADS are those of `rms_norm_bf16_4096`; rows and width were checked above.
+        return unsafe { cuda.gpu.launch("rms_norm", "rms_norm_bf16_4096", launch, &mut arguments) };
     }
     let kernel = if cuda.activations == DType::F32 { "rms_norm_f32" } else { "rms_norm_bf16" };
     let mut arguments = [

@@ -36,6 +36,7 @@ pub struct Weights<B: Backend> {
 /// The staging ring and what is under way in it.
 struct Ring<B: Backend> {
     slots: B::Ring,
+    num_slots: usize,
     free: Vec<usize>,
     /// Groups that the running stage will use, in order, and that are not being copied yet.
     upcoming: VecDeque<GroupKey>,
@@ -95,7 +96,8 @@ impl<B: Backend> Weights<B> {
         let streams = groups.values().any(|source| matches!(source, GroupSource::Streamed(_)));
         let ring = if streams {
             let slots = backend.staging(num_slots, slot_bytes)?;
-            Some(Ring { slots, free: (0..num_slots).collect(), upcoming: VecDeque::new(), in_flight: VecDeque::new() })
+            let (upcoming, in_flight) = (VecDeque::new(), VecDeque::new());
+            Some(Ring { slots, num_slots, free: (0..num_slots).collect(), upcoming, in_flight })
         } else {
             None
         };
@@ -115,8 +117,10 @@ impl<B: Backend> Weights<B> {
         while let Some((_, slot)) = ring.in_flight.pop_front() {
             // Whether those copies succeeded no longer matters.
             drop(backend.staged(&mut ring.slots, slot));
-            ring.free.push(slot);
         }
+        // So are those of weights that it had taken and, failing, did not give back: nobody holds them any more.
+        ring.free.clear();
+        ring.free.extend(0..ring.num_slots);
         ring.upcoming = keys.filter(|key| matches!(groups.get(key), Some(GroupSource::Streamed(_)))).collect();
         for key in ring.upcoming.iter().take(READ_AHEAD_GROUPS) {
             read_ahead(groups, *key);

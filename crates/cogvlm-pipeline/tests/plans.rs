@@ -2,16 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use cogvlm_backend::{RopeMode, SamplingParams};
+use cogvlm_backend::{HostReadError, HostTensor, HostWeight, RopeMode, SamplingParams};
 use cogvlm_checkpoint::ModelSource;
 use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::workspace::StepLimits;
-use cogvlm_core::{DType, Device};
+use cogvlm_core::{DType, Device, ModelSpec, TensorSpec};
 use cogvlm_cpu::CpuBackend;
-use cogvlm_pipeline::{Engine, Event, FinishReason, Image, Request, RequestId, load_plan};
+use cogvlm_pipeline::{Engine, Event, FinishReason, Image, Request, RequestId, WeightSource, load_plan};
 use cogvlm_plan::plan;
-use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates, Residency};
+use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates, Residency, STAGING_SLOTS};
 
 const MIB: u64 = 1 << 20;
 
@@ -38,13 +39,19 @@ fn plan_for(
 }
 
 fn engine(source: &ModelSource, plan: &Plan, activations: DType, num_threads: usize) -> Engine<CpuBackend> {
+    engine_of(source, source.spec(), plan, activations, num_threads)
+}
+
+fn engine_of(
+    source: &dyn WeightSource, spec: &ModelSpec, plan: &Plan, activations: DType, num_threads: usize,
+) -> Engine<CpuBackend> {
     let threads = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(num_threads).build().unwrap());
     let make = |device: &DevicePlan| {
         let capacity = device.used_bytes() - device.reserved_bytes;
         CpuBackend::new(device.device, capacity, activations, Arc::clone(&threads))
     };
-    let ranks = load_plan(plan, source.spec(), source, RopeMode::Float32, &make, &|_, _| ()).unwrap();
-    Engine::new(source.spec().clone(), plan.limits, ranks)
+    let ranks = load_plan(plan, spec, source, RopeMode::Float32, &make, &|_, _| ()).unwrap();
+    Engine::new(spec.clone(), plan.limits, ranks)
 }
 
 fn image(source: &ModelSource, seed: usize) -> Image {
@@ -139,6 +146,70 @@ fn logits_do_not_depend_on_the_plan() {
         }
         assert_eq!(seen, BTreeSet::from(["device", "peer", "host", "file"]), "a kind of residency was never run");
     }
+}
+
+/// A source whose weights cannot be read while `fails` says so.
+struct Flaky {
+    source: ModelSource,
+    fails: Arc<AtomicBool>,
+}
+
+struct FlakyTensor {
+    weight: HostWeight,
+    fails: Arc<AtomicBool>,
+}
+
+impl WeightSource for Flaky {
+    fn weight(&self, tensor: &TensorSpec) -> Option<HostWeight> {
+        let weight = self.source.weight(tensor)?;
+        Some(Arc::new(FlakyTensor { weight, fails: Arc::clone(&self.fails) }))
+    }
+}
+
+impl HostTensor for FlakyTensor {
+    fn name(&self) -> &str {
+        self.weight.name()
+    }
+
+    fn dtype(&self) -> DType {
+        self.weight.dtype()
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.weight.shape()
+    }
+
+    fn mapped(&self) -> Option<&[u8]> {
+        None
+    }
+
+    fn read_into(&self, destination: &mut [u8]) -> Result<(), HostReadError> {
+        if self.fails.load(Ordering::Relaxed) {
+            return Err(HostReadError { tensor: self.name().to_owned(), reason: "not now".to_owned() });
+        }
+        self.weight.read_into(destination)
+    }
+}
+
+#[test]
+fn ranks_go_on_when_weights_can_be_read_again() {
+    use Device::{Disk, Gpu};
+    let fails = Arc::new(AtomicBool::new(false));
+    let flaky = Flaky { source: source(), fails: Arc::clone(&fails) };
+    let limits = StepLimits::new(64, 3);
+    let budgets = [(Gpu(0), 12 * MIB + MIB / 4), (Disk, 0)];
+    let plan = plan_for(&flaky.source, &budgets, Policy::Balanced, limits, DType::F32);
+    let mut engine = engine_of(&flaky, flaky.source.spec(), &plan, DType::F32, 1);
+    let expected = answers(&mut engine, three_requests(&flaky.source));
+    fails.store(true, Ordering::Relaxed);
+    // More often than there are staging slots.
+    for _ in 0..2 * STAGING_SLOTS + 1 {
+        engine.submit(request(&flaky.source, &[17, 18], Some(image(&flaky.source, 3)), 2)).unwrap();
+        let error = engine.step().expect_err("this plan streams weights for images");
+        assert!(error.to_string().contains("not now"), "{error}");
+    }
+    fails.store(false, Ordering::Relaxed);
+    assert!(answers(&mut engine, three_requests(&flaky.source)) == expected, "other logits than before");
 }
 
 #[test]

@@ -163,6 +163,34 @@ fn every_way_gives_the_same_numbers() {
     }
 }
 
+/// As a plan is loaded: several threads at a time, some of whose weights go through the memory that others convert in.
+#[test]
+#[ignore = "needs a GPU"]
+fn threads_load_what_one_loads() {
+    const THREADS: usize = 8;
+    const ROUNDS: usize = 24;
+    const COUNT: usize = 4_001;
+    let files = DTYPES.map(|dtype| NumberFile::new(dtype, (THREADS * ROUNDS + COUNT) * WIDTH));
+    for path in PATHS {
+        let backend = &backend(DType::Bf16, path);
+        let load = |thread: usize| {
+            let load = |round: usize| {
+                let (file, first) = (&files[(thread + round) % files.len()], thread * ROUNDS + round);
+                (file.dtype, first, backend.load(&rows(file, first, COUNT)).expect("loads"))
+            };
+            (0..ROUNDS).map(load).collect::<Vec<_>>()
+        };
+        let loaded: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..THREADS).map(|thread| scope.spawn(move || load(thread))).collect();
+            threads.into_iter().flat_map(|thread| thread.join().expect("no load panics")).collect()
+        });
+        for (stored, first, weight) in loaded {
+            let found = elements(backend, &weight, [COUNT, WIDTH]);
+            check(&format!("{path:?}, {stored}"), &found, first * WIDTH, stored, DType::Bf16);
+        }
+    }
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn rings_give_what_load_gives() {

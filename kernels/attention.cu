@@ -20,8 +20,9 @@
 // 128 keys, 13.3 such steps for each of 132 SMs; one tile an SM at a time, the longest first, ends after 14. Two
 // smaller blocks an SM would share it in a longest tile that takes twice as long.
 //
-// Decode: all a key/value head has to offer is read once, 16 bytes at a time. A thread block takes one split: an equal
-// share of the blocks of the present context. The last one of a head to end puts the splits together, in their order.
+// Decode: all a key/value head has to offer is read once for every H of its query heads, 16 bytes at a time. A thread
+// block takes one split: an equal share of the blocks of the present context. The last one of a head to end puts the
+// splits together, in their order.
 #include "include/flash.cuh"
 
 constexpr u32 BLOCK_LEN = 16;

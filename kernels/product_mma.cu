@@ -6,8 +6,9 @@
 // 16-byte chunks exchanged by the low bits of the row's number, so that ldmatrix meets no bank twice.
 // Paired sums: of the 32 weight rows of a warp the first 16 are firsts, the others their seconds.
 //
-// launch   grid = (tiles of rows, ceil(weight rows / 128)), block = 256       wrapper  cogvlm-cuda ops::product_mma
-// oracle   oracle::{expert_linear, linear, gate_up, qkv_rope_append}
+// launch   grid = (tiles of rows, ceil(weight rows / 128)), block = 256, shared = STAGES * 2 * TILE_BYTES; a tile has 16
+//          groups of up to 8 rows       wrapper  cogvlm-cuda ops::product_mma
+// oracle   oracle::{expert_linear, linear, linear_residual, gate_up, qkv_rope_append}
 #include "include/product.cuh"
 
 constexpr u32 THREADS = 256;

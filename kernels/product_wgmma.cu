@@ -1,6 +1,7 @@
 // architectures: 90a
 // Products (include/product.cuh) of many rows on Hopper: prefill and the vision tower.
-// x, weights bf16, depth a multiple of 8, width of 8; sums in f32, k ascending in steps of 64
+// x, weights, bias bf16; depth, width and rows of out multiples of 8, for QKV heads of 128; sums in f32, k ascending in
+// steps of 64
 //
 // Tiles of 128 rows by WIDTH columns. One warp group copies: TMA brings 64 elements of depth of a tile's rows and weights
 // into a ring of stages in shared memory, in the 128-byte swizzle that wgmma reads. Two warp groups multiply, 64 rows
@@ -19,8 +20,9 @@
 // Paired sums: the tile's first WIDTH / 2 weight rows are firsts, the others their seconds; for QKV, WIDTH covers whole
 // heads in their natural order, and a pair is 64 columns apart.
 //
-// launch   grid = min(2 * units, multiprocessors), clusters of 2, block = 384       wrapper  cogvlm-cuda ops::product_wgmma
-// oracle   oracle::{expert_linear, linear, gate_up, qkv_rope_append}
+// launch   grid = 2 * min(units, multiprocessors / 2), clusters of 2 (each takes one of `num_units` at a time), block = 384,
+//          shared = num_stages * (stage_bytes + 16) + 1024: the ring, its barriers, and what aligns it
+// wrapper  cogvlm-cuda ops::product_wgmma     oracle  oracle::{linear, linear_residual, gate_up, qkv_rope_append}
 // spills allowed: product_wgmma_bias_gelu_240 90a 16 outside of its loop
 #include "include/maps.cuh"
 #include "include/product.cuh"

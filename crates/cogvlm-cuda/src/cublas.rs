@@ -146,6 +146,20 @@ impl CublasLt {
     }
 }
 
+impl Drop for CublasLt {
+    fn drop(&mut self) {
+        if self.gpu.synchronize().is_err() {
+            return;
+        }
+        // SAFETY: this function has the type in every version; the library is closed after it.
+        let destroy = unsafe { self.library.get::<unsafe extern "C" fn(Handle) -> c_int>(b"cublasLtDestroy") };
+        if let Ok(destroy) = destroy {
+            // SAFETY: created by `open`, plans borrow it, and nothing of it runs any more.
+            unsafe { destroy(self.handle) };
+        }
+    }
+}
+
 impl Plan<'_> {
     /// Runs the product on `stream`.
     ///

@@ -1,4 +1,4 @@
-//! One GPU: its context, its stream, its kernels.
+//! One GPU: its context, its streams, its kernels.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
@@ -12,7 +12,7 @@ use crate::driver::{self, Context, DeviceInfo, check};
 use crate::error::CudaError;
 use crate::kernels;
 
-/// A context with one compute stream. Everything else of this crate borrows or shares it.
+/// A context with a stream for operations and one for weights. Everything else of this crate borrows or shares it.
 pub(crate) struct Gpu {
     pub(crate) device: Device,
     pub(crate) info: DeviceInfo,

@@ -276,7 +276,8 @@ pub trait Backend: Send + Sync + 'static {
     ///
     /// All that the operations are called with, weights and buffers and numbers, must be the same each time; what differs
     /// from step to step is in tables. They must not read, write, load, stage, embed, sample, send or receive. Buffers
-    /// and weights named by a recording must live as long as it is run.
+    /// and weights named by a recording must live as long as it is run. A recording checks nothing: that no batch names
+    /// blocks or positions that cache and angles lack is the caller's to see to.
     fn replay(&self, _key: u64, operations: &mut dyn FnMut() -> Result<(), BackendError>) -> Result<(), BackendError> {
         operations()
     }

@@ -18,6 +18,8 @@ enum Recording {
     /// Was run once, launch by launch, so that everything is loaded that it needs.
     Warm,
     Graph(CUgraphExec),
+    /// Could not be recorded: is run launch by launch for good.
+    Refused,
 }
 
 // SAFETY: handles of the driver may be used from any thread.
@@ -29,7 +31,7 @@ impl Graphs {
     }
 
     /// See [`Backend::replay`](cogvlm_backend::Backend::replay): the first run is launch by launch, the second is
-    /// recorded, the others launch what was recorded.
+    /// recorded, the others launch what was recorded; what cannot be recorded is always run launch by launch.
     pub(crate) fn replay(
         &self, key: u64, operations: &mut dyn FnMut() -> Result<(), BackendError>,
     ) -> Result<(), BackendError> {
@@ -41,12 +43,20 @@ impl Graphs {
                 recorded.insert(key, Recording::Warm);
                 return Ok(());
             }
-            Some(Recording::Warm) => {
-                let graph = self.record(operations)?;
-                recorded.insert(key, Recording::Graph(graph));
-                graph
-            }
+            Some(Recording::Warm) => match self.record(operations) {
+                Ok(graph) => {
+                    recorded.insert(key, Recording::Graph(graph));
+                    graph
+                }
+                // Nothing of it ran. Where the device itself has failed, the launches say so again.
+                Err(error) => {
+                    tracing::warn!(%error, "a decode step cannot be recorded: launching it kernel by kernel");
+                    recorded.insert(key, Recording::Refused);
+                    return operations();
+                }
+            },
             Some(Recording::Graph(graph)) => *graph,
+            Some(Recording::Refused) => return operations(),
         };
         // SAFETY: the graph is instantiated, and what its launches use lives as long as the caller runs it.
         self.gpu.check(unsafe { cu::cuGraphLaunch(graph, self.gpu.stream) })

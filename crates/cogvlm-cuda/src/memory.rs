@@ -54,8 +54,40 @@ pub(crate) struct DeviceArena {
 
 struct Pool {
     allocation: Allocation,
-    /// Free spans as offset and length, by offset, no two of them adjoining.
-    free: Mutex<Vec<(usize, usize)>>,
+    free: Mutex<Spans>,
+}
+
+/// Spans that nobody has, as offset and length, by offset, no two of them adjoining.
+struct Spans(Vec<(usize, usize)>);
+
+impl Spans {
+    /// Takes `length` from the first span that has it; gives its offset.
+    fn take(&mut self, length: usize) -> Option<usize> {
+        let index = self.0.iter().position(|(_, available)| *available >= length)?;
+        let (offset, available) = self.0[index];
+        if available == length {
+            self.0.remove(index);
+        } else {
+            self.0[index] = (offset + length, available - length);
+        }
+        Some(offset)
+    }
+
+    /// Takes back what `take` gave.
+    fn give_back(&mut self, offset: usize, length: usize) {
+        let index = self.0.partition_point(|(free, _)| *free < offset);
+        self.0.insert(index, (offset, length));
+        // With what follows first, so that `index` stays right.
+        for index in [index, index.wrapping_sub(1)] {
+            if let (Some(&(offset, length)), Some(&(next, next_length))) =
+                (self.0.get(index), self.0.get(index.wrapping_add(1)))
+                && offset + length == next
+            {
+                self.0[index].1 = length + next_length;
+                self.0.remove(index + 1);
+            }
+        }
+    }
 }
 
 /// A piece of an arena; goes back on drop. What the stream still does with it is done before whatever is given to the
@@ -72,7 +104,7 @@ impl DeviceArena {
     pub(crate) fn new(gpu: &Arc<Gpu>, capacity: u64) -> Result<Self, BackendError> {
         let length = (capacity + ROUNDING_BYTES).next_multiple_of(ALIGNMENT as u64) as usize;
         let allocation = Allocation::new(gpu, "the arena", length)?;
-        let pool = Pool { allocation, free: Mutex::new(vec![(0, length)]) };
+        let pool = Pool { allocation, free: Mutex::new(Spans(vec![(0, length)])) };
         Ok(Self { gpu: Arc::clone(gpu), counters: Arena::new(gpu.device, capacity), pool: Arc::new(pool) })
     }
 
@@ -98,16 +130,11 @@ impl DeviceArena {
     fn place(&self, what: &str, bytes: usize, lease: &Arc<Lease>) -> Result<Memory, BackendError> {
         let length = bytes.max(1).next_multiple_of(ALIGNMENT);
         let mut free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(index) = free.iter().position(|(_, available)| *available >= length) else {
+        let Some(offset) = free.take(length) else {
             let MemoryUse { capacity, in_use, .. } = self.counters.memory();
             let (device, what, in_use) = (self.gpu.device, what.to_owned(), in_use - bytes as u64);
             return Err(BackendError::OutOfMemory { device, what, requested: bytes as u64, in_use, capacity });
         };
-        let offset = free[index].0;
-        free[index] = (offset + length, free[index].1 - length);
-        if free[index].1 == 0 {
-            free.remove(index);
-        }
         drop(free);
         let address = self.pool.allocation.address + offset as CUdeviceptr;
         Ok(Memory { address, offset, length, pool: Arc::clone(&self.pool), _lease: Arc::clone(lease) })
@@ -124,15 +151,52 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         let mut free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = free.partition_point(|(offset, _)| *offset < self.offset);
-        free.insert(index, (self.offset, self.length));
-        for index in [index, index.saturating_sub(1)] {
-            if let (Some(&(offset, length)), Some(&(next, next_length))) = (free.get(index), free.get(index + 1))
-                && offset + length == next
-            {
-                free[index].1 = length + next_length;
-                free.remove(index + 1);
+        free.give_back(self.offset, self.length);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_join_again_in_any_order() {
+        for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+            let mut spans = Spans(vec![(0, 100)]);
+            let taken = [30, 20, 40].map(|length| (spans.take(length).expect("there is room"), length));
+            assert_eq!(taken, [(0, 30), (30, 20), (50, 40)]);
+            assert_eq!(spans.take(11), None);
+            for index in order {
+                spans.give_back(taken[index].0, taken[index].1);
             }
+            assert_eq!(spans.0, [(0, 100)], "{order:?}");
+        }
+    }
+
+    #[test]
+    fn no_two_owners_share_a_byte() {
+        let mut spans = Spans(vec![(0, 4096)]);
+        let mut state = 1_u64;
+        let mut owned: Vec<(usize, usize)> = Vec::new();
+        for _ in 0..5000 {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let (choice, length) = ((state >> 33) as usize, (state >> 40) as usize % 200 + 1);
+            if choice % 3 > 0 {
+                if let Some(offset) = spans.take(length) {
+                    let apart = |&(other, other_length): &(usize, usize)| {
+                        offset + length <= other || other + other_length <= offset
+                    };
+                    assert!(offset + length <= 4096 && owned.iter().all(apart), "{offset} {length} {owned:?}");
+                    owned.push((offset, length));
+                }
+            } else if !owned.is_empty() {
+                let (offset, length) = owned.swap_remove(choice % owned.len());
+                spans.give_back(offset, length);
+            }
+            let free: usize = spans.0.iter().map(|(_, length)| length).sum();
+            let held: usize = owned.iter().map(|(_, length)| length).sum();
+            assert_eq!(free + held, 4096);
+            assert!(spans.0.windows(2).all(|pair| pair[0].0 + pair[0].1 < pair[1].0), "{:?}", spans.0);
         }
     }
 }

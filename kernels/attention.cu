@@ -23,6 +23,7 @@
 // Decode: all a key/value head has to offer is read once for every H of its query heads, 16 bytes at a time. A thread
 // block takes one split: an equal share of the blocks of the present context. The last one of a head to end puts the
 // splits together, in their order.
+// spills allowed: attention_prefill_bf16_128 90a 16 three values, where sums and queries have all other registers
 #include "include/flash.cuh"
 
 constexpr u32 BLOCK_LEN = 16;

@@ -16,7 +16,9 @@
 // is 1.21 of one. So as many tiles as fill whole rounds are whole, and the keys of each of the other 28 are shared by
 // 4 thread blocks: 1.25 rounds. The last one of a tile to end puts the parts together, in their order. (Tiles of 160
 // are 128, one round; but ten warps are three for two of an SM's four schedulers, and leave each 168 registers.)
-// spills allowed: image_attention_bf16_112 90a 32 three values, where sums, queries and keys have all other registers
+// spills allowed: image_attention_bf16_112 80 24 three values, where sums, queries and keys have all other registers
+// spills allowed: image_attention_bf16_112 86 24 three values, where sums, queries and keys have all other registers
+// spills allowed: image_attention_bf16_112 89 24 three values, where sums, queries and keys have all other registers
 #include "include/flash.cuh"
 
 constexpr u32 PLAIN_WARPS = 4;

@@ -79,7 +79,6 @@ __device__ __forceinline__ u64 block_total(u64 v) {
     return v;
 }
 
-constexpr float MINUS_INFINITY = -__builtin_huge_valf();
 
 // Loads of one thread that are under way together.
 constexpr u32 BATCH = 8;
@@ -88,13 +87,13 @@ constexpr u32 BATCH = 8;
 // number is false, so that it loses against minus infinity and everything else.
 __device__ __forceinline__ u64 thread_best(const float* scores, u32 vocab_size) {
     if (threadIdx.x >= vocab_size) return 0;
-    float best = MINUS_INFINITY;
+    float best = minus_infinity();
     u32 token = threadIdx.x;
     for (u32 first = threadIdx.x; first < vocab_size; first += BATCH * THREADS) {
         float batch[BATCH];
 #pragma unroll
         for (u32 j = 0; j < BATCH; ++j)
-            batch[j] = first + j * THREADS < vocab_size ? scores[first + j * THREADS] : MINUS_INFINITY;
+            batch[j] = first + j * THREADS < vocab_size ? scores[first + j * THREADS] : minus_infinity();
 #pragma unroll
         for (u32 j = 0; j < BATCH; ++j)
             if (batch[j] > best) best = batch[j], token = first + j * THREADS;
@@ -105,14 +104,14 @@ __device__ __forceinline__ u64 thread_best(const float* scores, u32 vocab_size) 
 // As above, four scores at a time: for rows that begin at multiples of 16 bytes and have a multiple of four scores.
 __device__ __forceinline__ u64 thread_best_of_fours(const float4* scores, u32 num_fours) {
     if (threadIdx.x >= num_fours) return 0;
-    float best = MINUS_INFINITY;
+    float best = minus_infinity();
     u32 token = 4 * threadIdx.x;
     for (u32 first = threadIdx.x; first < num_fours; first += BATCH * THREADS) {
         float4 batch[BATCH];
 #pragma unroll
         for (u32 j = 0; j < BATCH; ++j) {
             const u32 i = first + j * THREADS;
-            batch[j] = make_float4(MINUS_INFINITY, MINUS_INFINITY, MINUS_INFINITY, MINUS_INFINITY);
+            batch[j] = make_float4(minus_infinity(), minus_infinity(), minus_infinity(), minus_infinity());
             if (i < num_fours) batch[j] = scores[i];
         }
 #pragma unroll
@@ -148,7 +147,7 @@ __device__ __forceinline__ void penalise(
         const u32 token = seen[request.first_seen + i];
         if (token >= vocab_size) continue;
         const float logit = logits[token];
-        const float score = logit == logit ? logit : MINUS_INFINITY;
+        const float score = logit == logit ? logit : minus_infinity();
         scores[token] = score > 0.0f ? score / request.penalty : score * request.penalty;
     }
     __syncthreads();  // all are replaced before anyone reads them

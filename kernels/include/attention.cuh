@@ -3,8 +3,6 @@
 #pragma once
 #include "common.cuh"
 
-__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
-
 // The widest head of the plain kernels.
 constexpr u32 MAX_HEAD_DIM = 256;
 

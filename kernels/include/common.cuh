@@ -71,6 +71,8 @@ __device__ __forceinline__ void allow_next() {
 #endif
 }
 
+__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
+
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);

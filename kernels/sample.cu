@@ -79,7 +79,6 @@ __device__ __forceinline__ u64 block_total(u64 v) {
     return v;
 }
 
-
 // Loads of one thread that are under way together.
 constexpr u32 BATCH = 8;
 

@@ -179,14 +179,14 @@ impl Golden {
         let allowed = BF16_FACTOR * reference["logits_rel_rms_error"].as_f64().unwrap();
         // Tokens are decided where the margin is above twice the error of the reference.
         let undecided = 2.0 * reference["logits_max_abs_error"].as_f64().unwrap();
-        let error = self.check_forced(&self.model(), ["bf16", rope], allowed, undecided);
+        let (error, _) = self.check_forced(&self.model(), ["bf16", rope], allowed, undecided);
         // bf16 is no f32: the flag does something.
         assert!(error > self.target.f32_bound, "logits are only off by {error:e}");
     }
 
     /// Fed with the golden tokens: the first logits are off by `allowed` at most, and tokens are the golden ones where
     /// the margin is `undecided` or more. Gives how far the logits are off.
-    fn check_forced(&self, model: &str, [dtype, rope]: [&str; 2], allowed: f64, undecided: f64) -> f64 {
+    fn check_forced(&self, model: &str, [dtype, rope]: [&str; 2], allowed: f64, undecided: f64) -> (f64, Vec<f32>) {
         let dir = TempDir::new().unwrap();
         let (logits, forced) = (dir.path().join("logits.safetensors"), dir.path().join("forced.json"));
         std::fs::write(&forced, self.json["greedy"]["tokens"].to_string()).unwrap();
@@ -210,7 +210,7 @@ impl Golden {
                 margins[step]
             );
         }
-        error
+        (error, values)
     }
 }
 
@@ -319,7 +319,9 @@ mod full_size {
         let reference = &golden.json["bf16"]["f32"];
         let allowed = super::BF16_FACTOR * reference["logits_rel_rms_error"].as_f64().unwrap();
         let undecided = 2.0 * reference["logits_max_abs_error"].as_f64().unwrap();
-        golden.check_forced(&model, ["bf16", "float32"], allowed, undecided);
+        let [first, again] = [0, 1].map(|_| golden.check_forced(&model, ["bf16", "float32"], allowed, undecided).1);
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        assert!(bits(&first) == bits(&again), "two runs give different bits");
     }
 
     macro_rules! full_size_cases {

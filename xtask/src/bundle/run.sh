@@ -182,6 +182,8 @@ if [[ $full_model ]]; then
     run_command 17b-bench 900 "$program" bench --backend cuda --model "$full_model" --batch 16 \
         --sequences 1,2,4,8,16
 fi
+run_command kernels 120 "$program" bench --kernels --model cogvlm-chat-17b --backend cuda
+run_command kernels-portable 120 "$program" bench --kernels --model cogvlm-chat-17b --backend cuda --path portable
 
 if [[ ! $list_only ]]; then
     echo

@@ -7,7 +7,7 @@ use cogvlm_core::DType;
 
 use crate::element::Element;
 use crate::memory::Memory;
-use crate::shape::{expect, unsupported};
+use crate::shape::{buffer_bytes, expect_fit, expect_span, expect_values, unsupported};
 use crate::weight::widen;
 
 /// A row-major array of f32 or bf16.
@@ -40,12 +40,7 @@ impl CpuBuffer {
     pub(crate) fn take(
         arena: &Arena, what: &str, dtype: DType, [rows, columns]: [usize; 2],
     ) -> Result<Self, BackendError> {
-        if dtype == DType::F16 {
-            return Err(unsupported("alloc", format!("{what} cannot be f16: activations are f32 or bf16")));
-        }
-        let num_bytes = rows.checked_mul(columns).and_then(|count| count.checked_mul(dtype.size_bytes()));
-        let num_bytes =
-            num_bytes.ok_or_else(|| unsupported("alloc", format!("{what} of [{rows}, {columns}] is too large")))?;
+        let num_bytes = buffer_bytes(what, dtype, [rows, columns])?;
         Ok(Self { memory: Memory::take(arena, what, num_bytes)?, dtype, rows, columns })
     }
 
@@ -88,14 +83,7 @@ impl CpuBuffer {
     /// Copies `values` into rows `first_row..`, rounded.
     pub(crate) fn write(&mut self, values: &[f32], first_row: usize) -> Result<(), BackendError> {
         let columns = self.columns;
-        let fits = values.len() <= self.rows.saturating_sub(first_row) * columns
-            && (values.is_empty() || values.len().is_multiple_of(columns.max(1)));
-        expect("write", "values", &[values.len()], fits, || {
-            format!(
-                "whole rows of {columns}, at most {} of them from row {first_row}",
-                self.rows.saturating_sub(first_row)
-            )
-        })?;
+        expect_values("write", values.len(), self.shape(), first_row)?;
         if values.is_empty() {
             return Ok(());
         }
@@ -145,21 +133,14 @@ impl CpuBuffer {
     fn accept(
         &mut self, op: &'static str, dtype: DType, shape: [usize; 2], bytes: &[u8], first_row: usize,
     ) -> Result<(), BackendError> {
-        if dtype != self.dtype {
-            return Err(unsupported(op, format!("rows of {dtype} cannot go into a buffer of {}", self.dtype)));
-        }
-        let fits = shape[1] == self.columns && first_row <= self.rows && shape[0] <= self.rows - first_row;
-        expect(op, "rows", &shape, fits, || {
-            format!("at most [{}, {}] from row {first_row}", self.rows.saturating_sub(first_row), self.columns)
-        })?;
+        expect_fit(op, (dtype, shape), (self.dtype, self.shape()), first_row)?;
         let start = first_row * self.columns * self.dtype.size_bytes();
         self.memory.slice_mut::<u8>()[start..start + bytes.len()].copy_from_slice(bytes);
         Ok(())
     }
 
     fn span(&self, op: &'static str, rows: &Range<usize>) -> Result<Range<usize>, BackendError> {
-        let fits = rows.start <= rows.end && rows.end <= self.rows;
-        expect(op, "rows", &[rows.start, rows.end], fits, || format!("a range within {} rows", self.rows))?;
+        expect_span(op, rows, self.rows)?;
         Ok(rows.start * self.columns..rows.end * self.columns)
     }
 }

@@ -1,7 +1,10 @@
 //! Refusals of arguments that do not fit together.
 
 use cogvlm_backend::BackendError;
-pub(crate) use cogvlm_backend::shape::{expect, expect_heads, expect_ranges, unsupported};
+pub(crate) use cogvlm_backend::shape::{
+    buffer_bytes, expect, expect_fit, expect_heads, expect_images, expect_patches, expect_ranges, expect_span,
+    expect_values, unsupported,
+};
 use cogvlm_backend::shape::{expect_rows, expect_shape};
 
 use crate::buffer::CpuBuffer;

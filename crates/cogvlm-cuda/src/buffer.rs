@@ -1,10 +1,9 @@
 //! Buffers, and rows on their way to another device.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use cogvlm_backend::BackendError;
-use cogvlm_backend::shape::{expect, unsupported};
+use cogvlm_backend::shape::{buffer_bytes, unsupported};
 use cogvlm_core::DType;
 use cudarc::driver::sys::CUdeviceptr;
 use half::bf16;
@@ -62,12 +61,7 @@ impl CudaBuffer {
     pub(crate) fn take(
         arena: &DeviceArena, what: &str, dtype: DType, [rows, columns]: [usize; 2],
     ) -> Result<Self, BackendError> {
-        if dtype == DType::F16 {
-            return Err(unsupported("alloc", format!("{what} cannot be f16: activations are f32 or bf16")));
-        }
-        let num_bytes = rows.checked_mul(columns).and_then(|count| count.checked_mul(dtype.size_bytes()));
-        let num_bytes =
-            num_bytes.ok_or_else(|| unsupported("alloc", format!("{what} of [{rows}, {columns}] is too large")))?;
+        let num_bytes = buffer_bytes(what, dtype, [rows, columns])?;
         let memory = arena.take(what, num_bytes)?;
         // SAFETY: the memory was just taken.
         unsafe { arena.gpu.zero(memory.address, num_bytes) }?;
@@ -112,11 +106,5 @@ impl CudaBuffer {
             return Ok(());
         }
         Err(unsupported(op, format!("`{argument}` holds {}, the operation needs {dtype}", self.dtype)))
-    }
-
-    /// Refuses rows that it does not have.
-    pub(crate) fn expect_span(&self, op: &'static str, rows: &Range<usize>) -> Result<(), BackendError> {
-        let fits = rows.start <= rows.end && rows.end <= self.rows;
-        expect(op, "rows", &[rows.start, rows.end], fits, || format!("a range within {} rows", self.rows))
     }
 }

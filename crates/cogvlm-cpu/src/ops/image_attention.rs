@@ -6,21 +6,16 @@ use crate::attend::{Attend, QUERY_ROWS};
 use crate::backend::CpuBackend;
 use crate::buffer::CpuBuffer;
 use crate::element::Element;
-use crate::shape::{expect, expect_buffer, expect_heads};
+use crate::shape::expect_images;
 use crate::{scratch, tiles};
 
 pub(crate) fn image_attention<T: Element>(
     cpu: &CpuBackend, qkv: &CpuBuffer, num_images: usize, num_tokens: usize, heads: HeadGeometry, out: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
     const OP: &str = "image_attention";
-    let HeadGeometry { num_heads, num_kv_heads, head_dim } = heads;
-    let (rows, width) = (num_images.saturating_mul(num_tokens), num_heads.saturating_mul(head_dim));
-    expect_heads(OP, heads)?;
-    expect(OP, "heads", &[num_heads, num_kv_heads], num_heads == num_kv_heads, || {
-        "as many key as query heads".to_owned()
-    })?;
-    expect_buffer(OP, "qkv", qkv, rows, width.saturating_mul(3))?;
-    expect_buffer(OP, "out", out, rows, width)?;
+    let HeadGeometry { num_heads, head_dim, .. } = heads;
+    expect_images(OP, qkv.shape(), num_images.saturating_mul(num_tokens), heads, out.shape())?;
+    let width = num_heads * head_dim;
     let qkv = qkv.view::<T>(OP, "qkv")?;
     let out = out.view_mut::<T>(OP, "out")?;
     let images = (0..num_images).map(|image| image * num_tokens..(image + 1) * num_tokens);

@@ -6,7 +6,7 @@ use crate::backend::CpuBackend;
 use crate::buffer::CpuBuffer;
 use crate::element::Element;
 use crate::matmul::{Input, Product};
-use crate::shape::{expect, expect_buffer, expect_weight};
+use crate::shape::expect_patches;
 use crate::weight::CpuWeight;
 
 pub(crate) fn patch_embed<T: Element>(
@@ -15,17 +15,15 @@ pub(crate) fn patch_embed<T: Element>(
 ) -> Result<(), BackendError> {
     const OP: &str = "patch_embed";
     let PatchGeometry { num_images, num_channels, image_size, patch_size } = geometry;
-    let fits = patch_size > 0 && image_size.is_multiple_of(patch_size);
-    expect(OP, "geometry", &[image_size, patch_size], fits, || "images of whole patches".to_owned())?;
+    let PatchWeights { projection, bias, class, position } = weights;
+    let shapes = PatchWeights {
+        projection: &projection.shape(),
+        bias: &bias.shape(),
+        class: &class.shape(),
+        position: &position.shape(),
+    };
+    let num_tokens = expect_patches(OP, geometry, pixels.shape(), &shapes, out.shape())?;
     let (width, side) = (out.columns(), image_size / patch_size);
-    let pixels_per_image = image_size.saturating_mul(image_size).saturating_mul(num_channels);
-    expect_buffer(OP, "pixels", pixels, num_images, pixels_per_image)?;
-    let num_tokens = side.saturating_mul(side).saturating_add(1);
-    expect_buffer(OP, "out", out, num_images.saturating_mul(num_tokens), width)?;
-    expect_weight(OP, "projection", weights.projection, &[width, num_channels, patch_size, patch_size])?;
-    expect_weight(OP, "bias", weights.bias, &[width])?;
-    expect_weight(OP, "class", weights.class, &[1, width])?;
-    expect_weight(OP, "position", weights.position, &[num_tokens, width])?;
 
     let pixels = pixels.view::<T>(OP, "pixels")?;
     // Row of the product: the patch of that token, channel by channel; zeros for the class token, which has none.

@@ -1,6 +1,6 @@
 //! Full softmax attention inside each image.
 
-use cogvlm_backend::shape::{expect, expect_heads, expect_rows};
+use cogvlm_backend::shape::expect_images;
 use cogvlm_backend::{BackendError, HeadGeometry};
 use cogvlm_core::DType;
 
@@ -20,14 +20,10 @@ pub(crate) fn image_attention(
     out: &mut CudaBuffer,
 ) -> Result<(), BackendError> {
     const OP: &str = "image_attention";
-    let HeadGeometry { num_heads, num_kv_heads, head_dim } = heads;
-    let (num_rows, width) = (num_images.saturating_mul(num_tokens), num_heads.saturating_mul(head_dim));
-    expect_heads(OP, heads)?;
-    expect(OP, "heads", &[num_heads, num_kv_heads], num_heads == num_kv_heads, || {
-        "as many key as query heads".to_owned()
-    })?;
-    expect_rows(OP, "qkv", qkv.shape(), [num_rows, width.saturating_mul(3)])?;
-    expect_rows(OP, "out", out.shape(), [num_rows, width])?;
+    let HeadGeometry { num_heads, head_dim, .. } = heads;
+    let num_rows = num_images.saturating_mul(num_tokens);
+    expect_images(OP, qkv.shape(), num_rows, heads, out.shape())?;
+    let width = num_heads * head_dim;
     qkv.expect_dtype(OP, "qkv", cuda.activations)?;
     out.expect_dtype(OP, "out", cuda.activations)?;
     if num_rows == 0 || width == 0 {

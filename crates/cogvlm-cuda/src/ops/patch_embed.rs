@@ -1,6 +1,6 @@
 //! Class token and patches of images, each plus its position embedding.
 
-use cogvlm_backend::shape::{expect, expect_rows, expect_shape, unsupported};
+use cogvlm_backend::shape::{expect_patches, unsupported};
 use cogvlm_backend::{BackendError, PatchGeometry, PatchWeights};
 use cogvlm_core::DType;
 use cudarc::driver::sys::CUdeviceptr;
@@ -29,19 +29,16 @@ pub(crate) fn patch_embed(
 ) -> Result<(), BackendError> {
     const OP: &str = "patch_embed";
     let PatchGeometry { num_images, num_channels, image_size, patch_size } = geometry;
-    let fits = patch_size > 0 && image_size.is_multiple_of(patch_size);
-    expect(OP, "geometry", &[image_size, patch_size], fits, || "images of whole patches".to_owned())?;
-    let (width, side) = (out.columns(), image_size / patch_size);
-    let pixels_per_image = image_size.saturating_mul(image_size).saturating_mul(num_channels);
-    expect_rows(OP, "pixels", pixels.shape(), [num_images, pixels_per_image])?;
-    let num_patches = side.saturating_mul(side);
-    let num_tokens = num_patches.saturating_add(1);
-    let num_rows = num_images.saturating_mul(num_tokens);
-    expect_rows(OP, "out", out.shape(), [num_rows, width])?;
-    expect_shape(OP, "projection", weights.projection.shape(), &[width, num_channels, patch_size, patch_size])?;
-    expect_shape(OP, "bias", weights.bias.shape(), &[width])?;
-    expect_shape(OP, "class", weights.class.shape(), &[1, width])?;
-    expect_shape(OP, "position", weights.position.shape(), &[num_tokens, width])?;
+    let PatchWeights { projection, bias, class, position } = weights;
+    let shapes = PatchWeights {
+        projection: &projection.shape(),
+        bias: &bias.shape(),
+        class: &class.shape(),
+        position: &position.shape(),
+    };
+    let num_tokens = expect_patches(OP, geometry, pixels.shape(), &shapes, out.shape())?;
+    let (width, num_patches, num_rows) = (out.columns(), num_tokens - 1, num_images.saturating_mul(num_tokens));
+    let pixels_per_image = pixels.columns();
     pixels.expect_dtype(OP, "pixels", cuda.activations)?;
     out.expect_dtype(OP, "out", cuda.activations)?;
     let depth = num_channels.saturating_mul(patch_size).saturating_mul(patch_size);

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use cogvlm_backend::BackendError;
-use cogvlm_backend::shape::{expect, unsupported};
+use cogvlm_backend::shape::{expect, expect_fit, expect_span, expect_values};
 use cogvlm_core::DType;
 use cudarc::driver::sys::CUdeviceptr;
 
@@ -30,11 +30,7 @@ pub(super) fn scratch(cuda: &CudaBackend) -> (CUdeviceptr, usize) {
 pub(crate) fn write(
     cuda: &CudaBackend, values: &[f32], buffer: &mut CudaBuffer, first_row: usize,
 ) -> Result<(), BackendError> {
-    let (columns, room) = (buffer.columns(), buffer.rows().saturating_sub(first_row));
-    let fits = values.len() <= room * columns && (values.is_empty() || values.len().is_multiple_of(columns.max(1)));
-    expect("write", "values", &[values.len()], fits, || {
-        format!("whole rows of {columns}, at most {room} of them from row {first_row}")
-    })?;
+    expect_values("write", values.len(), buffer.shape(), first_row)?;
     if values.is_empty() {
         return Ok(());
     }
@@ -55,7 +51,7 @@ pub(crate) fn write(
 }
 
 pub(crate) fn read(cuda: &CudaBackend, buffer: &CudaBuffer, rows: Range<usize>) -> Result<Vec<f32>, BackendError> {
-    buffer.expect_span("read", &rows)?;
+    expect_span("read", &rows, buffer.rows())?;
     let (from, len) = (buffer.row(rows.start), rows.len() * buffer.columns());
     if buffer.dtype == DType::F32 {
         let mut values = vec![0.0_f32; len];
@@ -68,7 +64,7 @@ pub(crate) fn read(cuda: &CudaBackend, buffer: &CudaBuffer, rows: Range<usize>) 
 }
 
 pub(crate) fn send(cuda: &CudaBackend, buffer: &CudaBuffer, rows: Range<usize>) -> Result<CudaParcel, BackendError> {
-    buffer.expect_span("send", &rows)?;
+    expect_span("send", &rows, buffer.rows())?;
     let bytes = rows.len() * buffer.row_bytes();
     let allocation = Allocation::new(&cuda.gpu, "rows on their way to another device", bytes)?;
     // SAFETY: the rows are in the buffer, the allocation has room for them. A buffer that is dropped now goes to an
@@ -83,7 +79,8 @@ pub(crate) fn send(cuda: &CudaBackend, buffer: &CudaBuffer, rows: Range<usize>) 
 pub(crate) fn receive(
     cuda: &CudaBackend, parcel: CudaParcel, buffer: &mut CudaBuffer, first_row: usize,
 ) -> Result<(), BackendError> {
-    expect_fit("receive", parcel.dtype, [parcel.rows, parcel.columns], buffer, first_row)?;
+    let given = (parcel.dtype, [parcel.rows, parcel.columns]);
+    expect_fit("receive", given, (buffer.dtype, buffer.shape()), first_row)?;
     let bytes = parcel.rows * buffer.row_bytes();
     if bytes == 0 {
         return Ok(());
@@ -101,8 +98,9 @@ pub(crate) fn copy_rows(
     cuda: &CudaBackend, source: &CudaBuffer, rows: Range<usize>, destination: &mut CudaBuffer, first_row: usize,
 ) -> Result<(), BackendError> {
     const OP: &str = "copy_rows";
-    source.expect_span(OP, &rows)?;
-    expect_fit(OP, source.dtype, [rows.len(), source.columns()], destination, first_row)?;
+    expect_span(OP, &rows, source.rows())?;
+    let given = (source.dtype, [rows.len(), source.columns()]);
+    expect_fit(OP, given, (destination.dtype, destination.shape()), first_row)?;
     let bytes = rows.len() * source.row_bytes();
     // SAFETY: both ranges were checked against their buffers, which are different ones: one is borrowed mutably.
     unsafe { cuda.gpu.copy(source.row(rows.start), destination.row(first_row), bytes) }
@@ -121,20 +119,6 @@ pub(crate) fn copy_weight_rows(
     let (from, to) = (weight.address(OP, "weight")?, destination.row(first_row));
     // SAFETY: the weight has `len` elements, and the destination room for them from that row on.
     unsafe { convert(cuda, from, weight.dtype(), to, destination.dtype, len, weight.is_stable()) }
-}
-
-/// Refuses rows of another type or width than those of `buffer`, and more than it has from `first_row` on.
-fn expect_fit(
-    op: &'static str, dtype: DType, shape: [usize; 2], buffer: &CudaBuffer, first_row: usize,
-) -> Result<(), BackendError> {
-    if dtype != buffer.dtype {
-        return Err(unsupported(op, format!("rows of {dtype} cannot go into a buffer of {}", buffer.dtype)));
-    }
-    let (rows, columns) = (buffer.rows(), buffer.columns());
-    let fits = shape[1] == columns && first_row <= rows && shape[0] <= rows - first_row;
-    expect(op, "rows", &shape, fits, || {
-        format!("at most [{}, {columns}] from row {first_row}", rows.saturating_sub(first_row))
-    })
 }
 
 /// Copies `len` elements, rounded.

@@ -96,9 +96,7 @@ impl Uploader {
         }
         Ok(())
     }
-}
 
-impl Uploader {
     /// Copies a small result to the host and waits for it.
     pub(crate) fn download(&self, from: CUdeviceptr, to: &mut [u8]) -> Result<(), BackendError> {
         if to.len() > RESULT_BYTES {
@@ -167,6 +165,8 @@ const STAGING_CORES: usize = 8;
 /// Copies weights to a device.
 pub(crate) struct Loader {
     path: LoadPath,
+    /// Whether weights that are loaded go through pinned memory wherever their file is.
+    stages_loads: bool,
     gpu: Arc<Gpu>,
     /// Those that nobody uses now; allocated when they are needed first.
     lanes: Mutex<Vec<Lane>>,
@@ -193,7 +193,10 @@ struct Pieces<'a> {
 
 impl Loader {
     pub(crate) fn new(gpu: &Arc<Gpu>, path: LoadPath) -> Self {
-        Self { path, gpu: Arc::clone(gpu), lanes: Mutex::default(), registered: Mutex::default() }
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let stages_loads = path == LoadPath::Auto && cores >= STAGING_CORES;
+        let gpu = Arc::clone(gpu);
+        Self { path, stages_loads, gpu, lanes: Mutex::default(), registered: Mutex::default() }
     }
 
     /// Copies bytes `range` of `weight`, as they are stored, to `to`, in the order of `queue`. When this returns, also
@@ -215,8 +218,7 @@ impl Loader {
     fn copy_registered(
         &self, weight: &HostWeight, range: &Range<usize>, to: CUdeviceptr, queue: Queue,
     ) -> Result<bool, BackendError> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        if self.path == LoadPath::Auto && queue == Queue::Compute && cores >= STAGING_CORES {
+        if self.stages_loads && queue == Queue::Compute {
             return Ok(false);
         }
         let (Some(bytes), Some(registered)) = (weight.mapped(), self.registered(weight)) else { return Ok(false) };

@@ -73,9 +73,10 @@ impl CudaTables {
     pub(crate) fn set(&mut self, uploader: &Uploader, batch: &Batch) -> Result<(), BackendError> {
         let slots = batch.checked_slots(&self.limits)?;
         let layout = self.layout;
-        // Only what this batch fills is copied: one copy for the rows, one for the sequences.
         let rows = batch.num_rows();
-        let mut words = vec![0_u32; layout.num_words];
+        // Nothing is copied past the last sequence's blocks.
+        let used = layout.blocks + batch.sequences.len() * layout.blocks_per_sequence;
+        let mut words = vec![0_u32; used];
         words[layout.positions..][..rows].copy_from_slice(&batch.position_ids);
         words[layout.slots..][..rows].iter_mut().zip(&slots).for_each(|(word, slot)| *word = *slot as u32);
         words[layout.logit_rows..][..batch.logit_rows.len()]
@@ -89,8 +90,7 @@ impl CudaTables {
             words[layout.blocks + index * layout.blocks_per_sequence..][..used]
                 .copy_from_slice(&sequence.blocks[..used]);
         }
-        let used = layout.blocks + batch.sequences.len() * layout.blocks_per_sequence;
-        uploader.upload(self.allocation.address, bytemuck::cast_slice(&words[..used]))?;
+        uploader.upload(self.allocation.address, bytemuck::cast_slice(&words))?;
         let used_blocks = batch.sequences.iter().flat_map(|sequence| {
             sequence.blocks[..sequence.context_len.div_ceil(BLOCK_LEN)].iter().map(|block| *block as usize + 1)
         });

@@ -170,26 +170,26 @@ fn place_weights<B: Backend>(
     // Several threads for each device, which take its tensors in turn: one alone copies slower than a link.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let num_threads = (cores / backends.len().max(1)).clamp(1, MAX_LOAD_THREADS);
-    let queues: Vec<_> = backends.keys().map(|device| (*device, AtomicUsize::new(0))).collect();
-    let place_next = &|device: Device, next: &AtomicUsize| -> Result<Vec<_>, LoadError> {
+    let queue_of = |device: &Device| {
+        let mine = wanted.iter().filter(|(_, placement)| rests_on(placement) == *device);
+        (mine.collect::<Vec<_>>(), AtomicUsize::new(0))
+    };
+    let queues: Vec<_> = backends.keys().map(queue_of).collect();
+    let place_next = &|queue: &[&(usize, &TensorPlacement)], next: &AtomicUsize| -> Result<Vec<_>, LoadError> {
         let mut placed = Vec::new();
-        let mut mine = wanted.iter().filter(|(_, placement)| rests_on(placement) == device);
-        let mut taken = 0;
-        loop {
-            let turn = next.fetch_add(1, Ordering::Relaxed);
-            let Some((index, placement)) = mine.nth(turn - taken) else { return Ok(placed) };
-            taken = turn + 1;
+        while let Some((index, placement)) = queue.get(next.fetch_add(1, Ordering::Relaxed)) {
             let tensor = place_tensor(placement, source, backends);
             // The others need not go on.
             let tensor = tensor.inspect_err(|_| next.store(usize::MAX / 2, Ordering::Relaxed))?;
             placed.push((*index, tensor));
             progress(done.fetch_add(placement.bytes, Ordering::Relaxed) + placement.bytes, total);
         }
+        Ok(placed)
     };
     let mut all = std::thread::scope(|scope| {
         let mut threads = Vec::new();
-        for (device, next) in queues.iter().flat_map(|queue| std::iter::repeat_n(queue, num_threads)) {
-            threads.push(std::thread::Builder::new().spawn_scoped(scope, move || place_next(*device, next))?);
+        for (queue, next) in queues.iter().flat_map(|queue| std::iter::repeat_n(queue, num_threads)) {
+            threads.push(std::thread::Builder::new().spawn_scoped(scope, move || place_next(queue, next))?);
         }
         let mut all: Vec<(usize, PlacedTensor<B::Weight>)> = Vec::new();
         for thread in threads {

@@ -27,6 +27,10 @@ pub struct KernelTiming {
     pub library_seconds: Option<f64>,
 }
 
+/// Tokens that the timed sequences may have.
+pub const CONTEXT_LEN: usize = 2048;
+/// Tokens that a timed decode step finds after its prompt.
+pub const NUM_DECODED: usize = 32;
 /// Calls that are timed together, on end.
 const CALLS: usize = 10;
 /// Copies of a weight that calls take in turn, so that none finds it in the cache.
@@ -73,13 +77,13 @@ struct Bench<'a> {
 }
 
 /// Times the operations of `spec` on GPU `ordinal`: a prefill of one image and `num_text` tokens, the vision tower, and
-/// decode steps of several sizes at a context of that prompt. Takes about 4 GiB of the device for some seconds.
+/// decode steps of several sizes at a context of that prompt. Gives the path that ran, `path` or a plainer one, too. Takes about 4 GiB of the device for some seconds.
 ///
 /// # Errors
 /// Where the device cannot be opened, has too little memory, or an operation fails.
 pub fn kernel_table(
     spec: &ModelSpec, num_text: usize, ordinal: u32, path: KernelPath,
-) -> Result<Vec<KernelTiming>, BackendError> {
+) -> Result<(KernelPath, Vec<KernelTiming>), BackendError> {
     let cuda = CudaBackend::new(Device::Gpu(ordinal), ordinal, 4 << 30, DType::Bf16)?.with_path(path);
     let library = CublasLt::open(&cuda.gpu);
     let mut bench = Bench { cuda: &cuda, library, table: Vec::new() };
@@ -88,7 +92,7 @@ pub fn kernel_table(
     for rows in [1, 2, 4, 8, 16] {
         bench.decode(spec, num_text, rows)?;
     }
-    Ok(bench.table)
+    Ok((cuda.path, bench.table))
 }
 
 impl Bench<'_> {
@@ -190,7 +194,7 @@ impl Bench<'_> {
     }
 
     fn decode(&mut self, spec: &ModelSpec, num_text: usize, rows: usize) -> Result<(), BackendError> {
-        let context_len = spec.num_vision_tokens() + 1 + num_text + 32;
+        let context_len = spec.num_vision_tokens() + 1 + num_text + NUM_DECODED;
         let blocks = context_len.div_ceil(BLOCK_LEN);
         let batch = Batch {
             input_ids: vec![1; rows],
@@ -217,8 +221,12 @@ impl Bench<'_> {
         let kv_width = spec.kv_elements_per_token();
         let num_blocks: usize = batch.sequences.iter().map(|sequence| sequence.blocks.len()).sum();
         let context_len = batch.sequences.iter().map(|sequence| sequence.context_len).max().unwrap_or(0);
-        let limits =
-            StepLimits { max_tokens: rows.max(context_len), max_sequences: rows, max_images: 1, context_len: 2048 };
+        let limits = StepLimits {
+            max_tokens: rows.max(context_len),
+            max_sequences: rows,
+            max_images: 1,
+            context_len: CONTEXT_LEN,
+        };
         let mut tables: CudaTables = cuda.tables(&limits)?;
         cuda.set_batch(&mut tables, batch)?;
         let num_experts = if num_vision > 0 { 2 } else { 1 };
@@ -228,7 +236,7 @@ impl Bench<'_> {
         let mut query = random_buffer(cuda, rows, spec.num_heads * spec.head_dim)?;
         let mut mlp = random_buffer(cuda, rows, inner)?;
         let mut kv = random_buffer(cuda, num_blocks, BLOCK_LEN * kv_width)?;
-        let mut rope = cuda.alloc("measuring", DType::F32, [2048, spec.head_dim])?;
+        let mut rope = cuda.alloc("measuring", DType::F32, [CONTEXT_LEN, spec.head_dim])?;
         cuda.write(&vec![0.5; spec.head_dim], &mut rope, 0)?;
         let norm = random_weight(cuda, &[width])?;
 

@@ -1,7 +1,7 @@
 //! `bench --kernels`: every operation of the model at its sizes on one GPU, without weights.
 
 use cogvlm_core::ModelSpec;
-use cogvlm_cuda::bench::{KernelTiming, kernel_table};
+use cogvlm_cuda::bench::{CONTEXT_LEN, KernelTiming, NUM_DECODED, kernel_table};
 use cogvlm_cuda::{DeviceInfo, KernelPath, usable_devices};
 use serde_json::{Value, json};
 
@@ -12,8 +12,6 @@ use crate::machine::cuda_error;
 use crate::output::{note, print_line};
 use crate::session::planned_model;
 
-/// Tokens that the timed sequences may have.
-const CONTEXT_LEN: usize = 2048;
 /// Operations per byte above which arithmetic limits a GPU, where its ceilings are not known: about an H100's.
 const BALANCE: f64 = 250.0;
 
@@ -31,7 +29,7 @@ pub(super) fn run(args: &BenchArgs) -> CliResult {
         KernelPathArg::Hopper => KernelPath::Hopper,
         KernelPathArg::Portable => KernelPath::Portable,
     };
-    let timings = kernel_table(&model.spec, args.prompt_tokens, gpu.ordinal, path)?;
+    let (path, timings) = kernel_table(&model.spec, args.prompt_tokens, gpu.ordinal, path)?;
     let table = Table { model: &model.name, num_text: args.prompt_tokens, gpu: &gpu, path, ceilings, timings };
     print_line(&if args.json { table.json().to_string() } else { table.text() })
 }
@@ -39,7 +37,7 @@ pub(super) fn run(args: &BenchArgs) -> CliResult {
 /// Refuses prompts that are longer than the operations are timed for.
 fn check_len(spec: &ModelSpec, num_text: usize) -> CliResult {
     // BOS, and what a decoded token finds before it.
-    let beside = 1 + spec.num_vision_tokens() + 32;
+    let beside = 1 + spec.num_vision_tokens() + NUM_DECODED;
     if num_text == 0 || num_text.saturating_add(beside) > CONTEXT_LEN {
         let most = CONTEXT_LEN.saturating_sub(beside);
         return Err(CliError::new(format!("`--kernels` times prompts of 1 to {most} text tokens beside an image"))
@@ -75,12 +73,12 @@ fn bound(timing: &KernelTiming, ceilings: Option<&Ceilings>) -> (Bound, Option<f
 }
 
 impl Table<'_> {
-    /// Which kernels run: what was asked for, as far as the GPU can.
+    /// Which kernels ran.
     fn path(&self) -> &'static str {
-        match (self.path, self.gpu.compute_capability) {
-            (KernelPath::Hopper, (9, 0)) => "hopper",
-            (KernelPath::Generic, _) => "generic",
-            _ => "portable",
+        match self.path {
+            KernelPath::Hopper => "hopper",
+            KernelPath::Portable => "portable",
+            KernelPath::Generic => "generic",
         }
     }
 
@@ -197,10 +195,13 @@ mod tests {
     }
 
     #[test]
-    fn the_path_is_the_one_that_runs() {
-        let a100 = DeviceInfo { compute_capability: (8, 0), ..gpu() };
-        assert_eq!(table(&a100, None).path(), "portable");
-        assert_eq!(table(&gpu(), None).path(), "hopper");
+    fn the_path_is_the_one_that_ran() {
+        let gpu = gpu();
+        for (path, name) in [(KernelPath::Hopper, "hopper"), (KernelPath::Portable, "portable")] {
+            let table = Table { path, ..table(&gpu, None) };
+            assert_eq!(table.json()["path"], name);
+            assert!(table.text().contains(&format!("{name} kernels")), "{}", table.text());
+        }
     }
 
     #[test]

@@ -168,10 +168,20 @@ fn answer(nvcc: &Path, flag: &str) -> String {
 fn architectures(nvcc: &Path) -> Vec<String> {
     let known = answer(nvcc, "--list-gpu-code");
     let known: Vec<&str> = known.split_whitespace().collect();
-    let wanted = env::var("COGVLM_CUDA_ARCHITECTURES").unwrap_or_else(|_| ARCHITECTURES.join(","));
+    let asked = env::var("COGVLM_CUDA_ARCHITECTURES").ok();
+    let wanted = asked.clone().unwrap_or_else(|| ARCHITECTURES.join(","));
     // 90a is not listed by older compilers, though they know it where they know 90.
     let is_known = |name: &&str| known.contains(&format!("sm_{}", name.trim_end_matches('a')).as_str());
-    wanted.split(',').map(str::trim).filter(|name| !name.is_empty()).filter(is_known).map(str::to_owned).collect()
+    let (found, unknown): (Vec<&str>, Vec<&str>) =
+        wanted.split(',').map(str::trim).filter(|name| !name.is_empty()).partition(is_known);
+    if asked.is_some() && !unknown.is_empty() {
+        let (unknown, known) = (unknown.join(","), known.join(", "));
+        fail(&format!(
+            "COGVLM_CUDA_ARCHITECTURES names {unknown}, which {} does not know: it has {known}",
+            nvcc.display()
+        ));
+    }
+    found.into_iter().map(str::to_owned).collect()
 }
 
 /// The flags for machine code of `architectures`, and PTX for others.

@@ -133,6 +133,12 @@ fn what_is_wrong_with_the_driver_is_said() {
         Case { budgets: "3:2GiB", ..usual(&[], &["no GPU 3", "shows 2"], "doctor") },
         usual(&[("FAKE_RETAIN", "46")], &["GPU 0 (Fake GPU)", "46"], "exclusive"),
         usual(&[("FAKE_RETAIN", "101")], &["GPU 0 (Fake GPU)", "101"], "exclusive"),
+        // Enough for arena and scratch, which the backend checks, but not for the room that the plan leaves beside them.
+        usual(
+            &[("FAKE_FREE", "104857600")],
+            &["GPU 0 (Fake GPU) has 100.0 MiB free", "the plan needs"],
+            "smaller budget",
+        ),
         usual(&[("FAKE_FREE", "52428800")], &["GPU 0 (Fake GPU) has 50.0 MiB free", "needs"], "smaller budget"),
         usual(&[("FAKE_TOTAL", "536870912")], &["GPU 0 (Fake GPU) has 512.0 MiB in all"], "smaller budget"),
         usual(&[("FAKE_ALLOC", "2")], &["GPU 0 (Fake GPU)", "CUDA error 2"], "nvidia-smi"),

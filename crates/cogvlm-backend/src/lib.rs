@@ -193,8 +193,12 @@ pub trait Backend: Send + Sync + 'static {
     type Ring: Send;
     /// Rows on their way to another device.
     type Parcel: Send;
+    /// Memory that parcels are made of.
+    type Outbox: Send + Sync;
     /// A point in the device's time.
     type Moment: Send;
+    /// Tokens that the device chose. Clones share them.
+    type Sampled: Clone + Send + 'static;
 
     // ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -235,11 +239,16 @@ pub trait Backend: Send + Sync + 'static {
     /// The given rows as f32.
     fn read(&self, buffer: &Self::Buffer, rows: Range<usize>) -> Result<Vec<f32>, BackendError>;
 
-    /// Takes rows along to another device, as they are now: what is written to `buffer` later does not reach the
-    /// parcel.
-    fn send(&self, buffer: &Self::Buffer, rows: Range<usize>) -> Result<Self::Parcel, BackendError>;
+    /// Takes `bytes` from the arena for parcels.
+    fn outbox(&self, bytes: usize) -> Result<Self::Outbox, BackendError>;
 
-    /// Unpacks what another device sent into rows `first_row..`.
+    /// Takes rows along to another device, as they are now: what is written to `buffer` later does not reach the
+    /// parcel. Waits while the outbox is full of parcels that nobody has received yet.
+    fn send(
+        &self, outbox: &Self::Outbox, buffer: &Self::Buffer, rows: Range<usize>,
+    ) -> Result<Self::Parcel, BackendError>;
+
+    /// Unpacks what another device sent into rows `first_row..`. On a GPU nothing waits but the stream of the operations.
     fn receive(&self, parcel: Self::Parcel, buffer: &mut Self::Buffer, first_row: usize) -> Result<(), BackendError>;
 
     /// Copies `rows` of `source` to rows `first_row..` of `destination`; same width, same type.
@@ -335,8 +344,20 @@ pub trait Backend: Send + Sync + 'static {
         &self, x: &Self::Buffer, weight: &Self::Weight, rows: usize, logits: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
 
-    /// One token for each of the first rows of `logits` ([`sampling::sample`] says which).
-    fn sample(&self, logits: &Self::Buffer, requests: &[SampleRequest<'_>]) -> Result<Vec<u32>, BackendError>;
+    /// Chooses one token for each of the first rows of `logits` ([`sampling::sample`] says which). They are on the device
+    /// for [`embed_sampled`](Self::embed_sampled), and on their way to the host: nobody waits for them here.
+    fn sample(&self, logits: &Self::Buffer, requests: &[SampleRequest<'_>]) -> Result<Self::Sampled, BackendError>;
+
+    /// The tokens, in the order of the requests, once they are here.
+    fn sampled(&self, tokens: &Self::Sampled) -> Result<Vec<u32>, BackendError>;
+
+    /// As [`embed`](Self::embed), of tokens that this device chose. What waits for them, if anything has to, is the
+    /// device, unless the table rests on the host.
+    fn embed_sampled(
+        &self, table: &Self::Weight, tokens: &Self::Sampled, hidden: &mut Self::Buffer,
+    ) -> Result<(), BackendError> {
+        self.embed(table, &self.sampled(tokens)?, hidden)
+    }
 
     // ── vision ──────────────────────────────────────────────────────────────────────────────────────────────────
 

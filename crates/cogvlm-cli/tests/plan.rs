@@ -37,7 +37,7 @@ fn what_a_user_sees() {
         ("too_small", &["--max-memory", "0:8GiB"]),
         ("too_small_with_host", &["--max-memory", "0:8GiB,1:8GiB,cpu:4GiB"]),
         ("accelerate_cuts_the_vit", &["--max-memory", "0:16GiB,1:16GiB,cpu:8GiB", "--policy", "accelerate"]),
-        ("virtual_ranks", &["small@12", "--max-memory", "0:60MiB,1:60MiB,cpu:256MiB", "--backend", "cpu"]),
+        ("virtual_ranks", &["small@12", "--max-memory", "0:70MiB,1:70MiB,cpu:256MiB", "--backend", "cpu"]),
     ];
     for (name, flags) in cases {
         insta::assert_snapshot!(*name, seen(&[&["plan"], *flags].concat()));

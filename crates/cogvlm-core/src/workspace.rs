@@ -19,13 +19,30 @@ pub struct StepLimits {
     pub max_images: usize,
     /// Tokens of the longest sequence.
     pub context_len: usize,
+    /// Whole steps of rows that a rank may have under way to other ranks: 0 where one rank runs alone.
+    pub parcels: usize,
 }
+
+/// [`StepLimits::parcels`] of a rank that is not alone: the next step is computed while the last one is fetched.
+pub const PARCELS: usize = 2;
 
 impl StepLimits {
     /// Limits for `batch_size` sequences of `context_len` tokens: a step holds one whole prompt, or one token of
     /// every sequence, and one image.
     pub fn new(context_len: usize, batch_size: usize) -> Self {
-        Self { max_tokens: context_len.max(batch_size), max_sequences: batch_size, max_images: 1, context_len }
+        Self {
+            max_tokens: context_len.max(batch_size),
+            max_sequences: batch_size,
+            max_images: 1,
+            context_len,
+            parcels: 0,
+        }
+    }
+
+    /// The same among `num_ranks` ranks.
+    #[must_use]
+    pub fn among(self, num_ranks: usize) -> Self {
+        Self { parcels: if num_ranks > 1 { PARCELS } else { 0 }, ..self }
     }
 
     /// KV blocks that hold `max_sequences` sequences of `context_len` tokens.
@@ -131,10 +148,23 @@ pub fn workspace_buffers(units: &[Unit]) -> Vec<BufferKind> {
     kinds
 }
 
-/// Bytes of all workspace buffers of a rank executing `units`.
+/// Bytes of all workspace buffers of a rank executing `units`, and of its outbox.
 pub fn workspace_bytes(spec: &ModelSpec, units: &[Unit], limits: &StepLimits, activations: DType) -> u64 {
-    workspace_buffers(units).iter().map(|kind| kind.bytes(spec, limits, activations)).sum()
+    let kinds = workspace_buffers(units);
+    let buffers: u64 = kinds.iter().map(|kind| kind.bytes(spec, limits, activations)).sum();
+    buffers + outbox_bytes(&kinds, spec, limits, activations)
 }
+
+/// Bytes for rows on their way to other ranks, of a rank with the buffers `kinds`: any of those that can cross.
+pub fn outbox_bytes(kinds: &[BufferKind], spec: &ModelSpec, limits: &StepLimits, activations: DType) -> u64 {
+    use BufferKind::{Hidden, VisionFeatures, VitHidden};
+    let crossing = kinds.iter().filter(|kind| matches!(kind, VitHidden | VisionFeatures | Hidden));
+    let largest = crossing.map(|kind| kind.bytes(spec, limits, activations)).max().unwrap_or(0);
+    limits.parcels as u64 * largest.next_multiple_of(PARCEL_ALIGN)
+}
+
+/// Parcels begin at multiples of this many bytes.
+pub const PARCEL_ALIGN: u64 = 256;
 
 /// Bytes of the paged KV cache of one decoder layer.
 pub fn kv_bytes_per_layer(spec: &ModelSpec, limits: &StepLimits, activations: DType) -> u64 {

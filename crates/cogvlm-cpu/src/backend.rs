@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cogvlm_backend::{
-    Activation, Arena, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, MemoryUse, PatchGeometry,
-    PatchWeights, RopeMode, SampleRequest, StagedSource,
+    Activation, Arena, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, Lease, MemoryUse,
+    PatchGeometry, PatchWeights, RopeMode, SampleRequest, StagedSource,
 };
 use cogvlm_core::tokens::ExpertRange;
 use cogvlm_core::workspace::StepLimits;
@@ -75,7 +75,9 @@ impl Backend for CpuBackend {
     type Tables = CpuTables;
     type Ring = CpuRing;
     type Parcel = CpuParcel;
+    type Outbox = Lease;
     type Moment = Instant;
+    type Sampled = Vec<u32>;
 
     fn activation_dtype(&self) -> DType {
         self.activations
@@ -127,7 +129,11 @@ impl Backend for CpuBackend {
         buffer.read(rows)
     }
 
-    fn send(&self, buffer: &CpuBuffer, rows: Range<usize>) -> Result<CpuParcel, BackendError> {
+    fn outbox(&self, bytes: usize) -> Result<Lease, BackendError> {
+        self.arena.lease("rows on their way to other ranks", bytes as u64)
+    }
+
+    fn send(&self, _outbox: &Lease, buffer: &CpuBuffer, rows: Range<usize>) -> Result<CpuParcel, BackendError> {
         buffer.send(rows)
     }
 
@@ -199,6 +205,10 @@ impl Backend for CpuBackend {
 
     fn sample(&self, logits: &CpuBuffer, requests: &[SampleRequest<'_>]) -> Result<Vec<u32>, BackendError> {
         ops::sample::sample(self, logits, requests)
+    }
+
+    fn sampled(&self, tokens: &Vec<u32>) -> Result<Vec<u32>, BackendError> {
+        Ok(tokens.clone())
     }
 
     fn patch_embed(

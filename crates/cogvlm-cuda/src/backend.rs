@@ -13,14 +13,16 @@ use cogvlm_core::tokens::ExpertRange;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device};
 
-use crate::buffer::{CudaBuffer, CudaParcel};
+use crate::buffer::CudaBuffer;
 use crate::device::{Event, Gpu};
 use crate::graph::Graphs;
 use crate::host_copy::{LoadPath, Loader, Uploader};
 use crate::kernels;
 use crate::memory::{Allocation, DeviceArena};
 use crate::ops;
+use crate::outbox::{CudaOutbox, CudaParcel};
 use crate::ring::CudaRing;
+use crate::sampled::{SampledTokens, TokenSlots};
 use crate::tables::CudaTables;
 use crate::weight::CudaWeight;
 
@@ -32,6 +34,7 @@ pub struct CudaBackend {
     // Fields are dropped in order: what waits for the stream before the memory that the stream uses.
     graphs: Graphs,
     pub(crate) uploader: Uploader,
+    pub(crate) tokens: TokenSlots,
     pub(crate) loader: Arc<Loader>,
     pub(crate) arena: DeviceArena,
     /// Partial results between the kernels of one operation. Operations follow each other on one stream, so each may
@@ -92,9 +95,10 @@ impl CudaBackend {
             (8.., _) => KernelPath::Portable,
             _ => KernelPath::Generic,
         };
-        let (graphs, uploader) = (Graphs::new(&gpu), Uploader::new(&gpu)?);
+        let (graphs, uploader, tokens) = (Graphs::new(&gpu), Uploader::new(&gpu)?, TokenSlots::new(&gpu));
         let loader = Arc::new(Loader::new(&gpu, LoadPath::Auto));
-        Ok(Self { graphs, uploader, loader, arena, scratch, converting: Mutex::default(), gpu, activations, path })
+        let converting = Mutex::default();
+        Ok(Self { graphs, uploader, tokens, loader, arena, scratch, converting, gpu, activations, path })
     }
 
     /// The same device with the kernels of `path` or plainer ones: for tests, and for comparing them.
@@ -125,7 +129,9 @@ impl Backend for CudaBackend {
     type Tables = CudaTables;
     type Ring = CudaRing;
     type Parcel = CudaParcel;
+    type Outbox = CudaOutbox;
     type Moment = Event;
+    type Sampled = SampledTokens;
 
     fn activation_dtype(&self) -> DType {
         self.activations
@@ -169,12 +175,16 @@ impl Backend for CudaBackend {
         ops::rows::read(self, buffer, rows)
     }
 
-    fn send(&self, buffer: &CudaBuffer, rows: Range<usize>) -> Result<CudaParcel, BackendError> {
-        ops::rows::send(self, buffer, rows)
+    fn outbox(&self, bytes: usize) -> Result<CudaOutbox, BackendError> {
+        CudaOutbox::new(self, bytes)
+    }
+
+    fn send(&self, outbox: &CudaOutbox, buffer: &CudaBuffer, rows: Range<usize>) -> Result<CudaParcel, BackendError> {
+        outbox.send(buffer, rows)
     }
 
     fn receive(&self, parcel: CudaParcel, buffer: &mut CudaBuffer, first_row: usize) -> Result<(), BackendError> {
-        ops::rows::receive(self, parcel, buffer, first_row)
+        parcel.receive(self, buffer, first_row)
     }
 
     fn copy_rows(
@@ -260,8 +270,18 @@ impl Backend for CudaBackend {
         ops::logits::logits(self, x, weight, rows, logits)
     }
 
-    fn sample(&self, logits: &CudaBuffer, requests: &[SampleRequest<'_>]) -> Result<Vec<u32>, BackendError> {
+    fn sample(&self, logits: &CudaBuffer, requests: &[SampleRequest<'_>]) -> Result<SampledTokens, BackendError> {
         ops::sample::sample(self, logits, requests)
+    }
+
+    fn sampled(&self, tokens: &SampledTokens) -> Result<Vec<u32>, BackendError> {
+        tokens.wait()
+    }
+
+    fn embed_sampled(
+        &self, table: &CudaWeight, tokens: &SampledTokens, hidden: &mut CudaBuffer,
+    ) -> Result<(), BackendError> {
+        ops::embed::embed_sampled(self, table, tokens, hidden)
     }
 
     fn patch_embed(

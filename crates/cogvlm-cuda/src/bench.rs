@@ -225,6 +225,7 @@ impl Bench<'_> {
             max_tokens: rows.max(context_len),
             max_sequences: rows,
             max_images: 1,
+            parcels: 0,
             context_len: CONTEXT_LEN,
         };
         let mut tables: CudaTables = cuda.tables(&limits)?;

@@ -1,14 +1,10 @@
-//! Buffers, and rows on their way to another device.
-
-use std::sync::Arc;
+//! Buffers.
 
 use cogvlm_backend::BackendError;
 use cogvlm_backend::shape::{buffer_bytes, unsupported};
 use cogvlm_core::DType;
 use cudarc::driver::sys::CUdeviceptr;
-use half::bf16;
 
-use crate::device::{Event, Gpu};
 use crate::memory::{DeviceArena, Memory};
 
 /// A row-major array of f32 or bf16 in the memory of a device.
@@ -19,40 +15,12 @@ pub struct CudaBuffer {
     columns: usize,
 }
 
-/// Rows copied out of a buffer, as the bytes they were, still on the device that sends them.
-pub struct CudaParcel {
-    pub(crate) gpu: Arc<Gpu>,
-    pub(crate) allocation: crate::memory::Allocation,
-    /// Comes when the copy is there.
-    pub(crate) ready: Event,
-    pub(crate) dtype: DType,
-    pub(crate) rows: usize,
-    pub(crate) columns: usize,
-}
-
 /// The number by which kernels know an element type (`ElementType` in kernels/include/common.cuh).
 pub(crate) fn dtype_code(dtype: DType) -> u32 {
     match dtype {
         DType::F32 => 0,
         DType::Bf16 => 1,
         DType::F16 => 2,
-    }
-}
-
-impl CudaParcel {
-    /// The rows as f32, brought to the host: for a device of another kind.
-    ///
-    /// # Errors
-    /// Where the device fails.
-    pub fn to_f32(&self) -> Result<Vec<f32>, BackendError> {
-        let mut bytes = vec![0; self.rows * self.columns * self.dtype.size_bytes()];
-        self.ready.wait()?;
-        self.gpu.download(self.allocation.address, &mut bytes)?;
-        Ok(match self.dtype {
-            DType::F32 => bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
-            // Buffers hold nothing else.
-            _ => bytes.as_chunks().0.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32()).collect(),
-        })
     }
 }
 

@@ -20,6 +20,10 @@ pub(crate) struct Gpu {
     pub(crate) stream: CUstream,
     /// Where weights are copied beside the operations.
     pub(crate) copy_stream: CUstream,
+    /// Where rows for other devices are copied to the host.
+    pub(crate) link_stream: CUstream,
+    /// Whether this device reads the memory of others, by the addresses of their contexts.
+    reached: Mutex<HashMap<usize, bool>>,
     /// Whether the kernels of this build wait by themselves on this GPU for those before them.
     can_overlap: bool,
     functions: Mutex<Functions>,
@@ -39,6 +43,9 @@ struct Functions {
 unsafe impl Send for Gpu {}
 // SAFETY: as above; what changes is behind a lock.
 unsafe impl Sync for Gpu {}
+
+/// `off` in this variable lets rows between GPUs pass through host memory even where one reads the other's.
+const PEER_ACCESS: &str = "COGVLM_PEER_ACCESS";
 
 /// How a kernel is launched.
 #[derive(Debug, Clone, Copy)]
@@ -79,6 +86,8 @@ impl Gpu {
             info: info.clone(),
             stream: std::ptr::null_mut(),
             copy_stream: std::ptr::null_mut(),
+            link_stream: std::ptr::null_mut(),
+            reached: Mutex::default(),
             can_overlap: kernels::can_overlap(kernels::ARCHITECTURES, info.compute_capability),
             functions: Mutex::default(),
             context: open.handle,
@@ -86,10 +95,10 @@ impl Gpu {
         };
         gpu.bind()?;
         let flags = cu::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: the context is current; both are destroyed on drop.
-        failed(unsafe { cu::cuStreamCreate(&raw mut gpu.stream, flags) })?;
-        // SAFETY: as above.
-        failed(unsafe { cu::cuStreamCreate(&raw mut gpu.copy_stream, flags) })?;
+        for stream in [&raw mut gpu.stream, &raw mut gpu.copy_stream, &raw mut gpu.link_stream] {
+            // SAFETY: the context is current; all of them are destroyed on drop.
+            failed(unsafe { cu::cuStreamCreate(stream, flags) })?;
+        }
         Ok(gpu)
     }
 
@@ -235,6 +244,43 @@ impl Gpu {
         self.check(unsafe { cu::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) })
     }
 
+    /// Whether this device reads the memory of `peer` itself; else what it gets from there passes through the host.
+    pub(crate) fn reaches(&self, peer: &Self) -> bool {
+        if peer.context == self.context {
+            return true;
+        }
+        let mut reached = self.reached.lock().unwrap_or_else(PoisonError::into_inner);
+        *reached.entry(peer.context.addr()).or_insert_with(|| {
+            let outcome = self.open_peer(peer);
+            let (device, sender) = (self.device, peer.device);
+            match &outcome {
+                Ok(()) => tracing::debug!(%device, %sender, "reads the other's memory"),
+                Err(reason) => tracing::info!(%device, %sender, reason, "rows from there pass through host memory"),
+            }
+            outcome.is_ok()
+        })
+    }
+
+    /// Lets this device read the memory of `peer`.
+    fn open_peer(&self, peer: &Self) -> Result<(), String> {
+        if std::env::var(PEER_ACCESS).is_ok_and(|value| matches!(value.as_str(), "off" | "0")) {
+            return Err(format!("{PEER_ACCESS} says so"));
+        }
+        self.bind().map_err(|error| error.to_string())?;
+        let mut can = 0;
+        let [device, other] = [self.info.ordinal as i32, peer.info.ordinal as i32];
+        // SAFETY: the pointer is to a local variable; both ordinals are those of devices.
+        check(unsafe { cu::cuDeviceCanAccessPeer(&raw mut can, device, other) })?;
+        if can == 0 {
+            return Err("these two GPUs cannot read each other's memory".to_owned());
+        }
+        // SAFETY: this one's context is current, the other one is retained; 0 is the only flag there is.
+        match unsafe { cu::cuCtxEnablePeerAccess(peer.context, 0) } {
+            cu::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
+            result => check(result),
+        }
+    }
+
     /// Copies from memory of `peer`, which may be the same device, in the order of `stream`, one of this device's.
     ///
     /// # Safety
@@ -246,6 +292,8 @@ impl Gpu {
         if bytes == 0 {
             return Ok(());
         }
+        // Without it the driver passes the copy through the host by itself.
+        let _ = self.reaches(peer);
         self.bind()?;
         self.check(if peer.context == self.context {
             // SAFETY: the caller vouches for the ranges.
@@ -281,7 +329,7 @@ impl Drop for Gpu {
             for module in functions.modules.values() {
                 let _ = cu::cuModuleUnload(*module);
             }
-            for stream in [self.copy_stream, self.stream] {
+            for stream in [self.link_stream, self.copy_stream, self.stream] {
                 if !stream.is_null() {
                     let _ = cu::cuStreamDestroy_v2(stream);
                 }
@@ -331,6 +379,16 @@ impl Event {
         self.gpu.bind()?;
         // SAFETY: as above.
         self.gpu.check(unsafe { cu::cuEventSynchronize(self.handle) })
+    }
+
+    /// Whether it has come.
+    pub(crate) fn has_come(&self) -> Result<bool, BackendError> {
+        self.gpu.bind()?;
+        // SAFETY: as above.
+        match unsafe { cu::cuEventQuery(self.handle) } {
+            cu::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            result => self.gpu.check(result).map(|()| true),
+        }
     }
 
     /// Milliseconds from this event to `later`; both were waited for.

@@ -11,7 +11,7 @@ use crate::error::CudaError;
 use crate::kernels;
 
 /// Functions that this crate calls: all of them have to be there before the first call.
-const SYMBOLS: [&str; 44] = [
+const SYMBOLS: [&str; 46] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
@@ -22,6 +22,8 @@ const SYMBOLS: [&str; 44] = [
     "cuDevicePrimaryCtxRetain",
     "cuDevicePrimaryCtxRelease_v2",
     "cuCtxSetCurrent",
+    "cuDeviceCanAccessPeer",
+    "cuCtxEnablePeerAccess",
     "cuMemGetInfo_v2",
     "cuModuleLoadData",
     "cuModuleUnload",

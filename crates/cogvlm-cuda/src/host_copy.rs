@@ -16,8 +16,6 @@ use crate::registered::{self, Registered};
 const SLOT_BYTES: usize = 1 << 20;
 /// Slots; a copy waits where all of them are under way.
 const NUM_SLOTS: usize = 4;
-/// Bytes of results that come through pinned memory: the tokens of a step.
-const RESULT_BYTES: usize = 4 << 10;
 
 /// Pinned host memory.
 pub(crate) struct Pinned {
@@ -28,6 +26,8 @@ pub(crate) struct Pinned {
 
 // SAFETY: plain memory; who has it decides who writes to it.
 unsafe impl Send for Pinned {}
+// SAFETY: as above; without `&mut` there are only addresses.
+unsafe impl Sync for Pinned {}
 
 impl Pinned {
     pub(crate) fn new(gpu: &Arc<Gpu>, length: usize) -> Result<Self, BackendError> {
@@ -64,23 +64,20 @@ pub(crate) struct Uploader {
 struct Slots {
     slots: Vec<(Pinned, Event)>,
     next: usize,
-    /// Where small results come to.
-    results: Pinned,
 }
 
 impl Uploader {
     pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Self, BackendError> {
         let slot = || Ok((Pinned::new(gpu, SLOT_BYTES)?, Event::new(gpu, false)?));
         let slots = (0..NUM_SLOTS).map(|_| slot()).collect::<Result<_, BackendError>>()?;
-        let results = Pinned::new(gpu, RESULT_BYTES)?;
-        Ok(Self { gpu: Arc::clone(gpu), slots: Mutex::new(Slots { slots, next: 0, results }) })
+        Ok(Self { gpu: Arc::clone(gpu), slots: Mutex::new(Slots { slots, next: 0 }) })
     }
 
     /// Copies `bytes` to `to`, which has room for them. They may be changed as soon as this returns.
     pub(crate) fn upload(&self, to: CUdeviceptr, bytes: &[u8]) -> Result<(), BackendError> {
         self.gpu.bind()?;
         let mut guard = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let Slots { slots, next, .. } = &mut *guard;
+        let Slots { slots, next } = &mut *guard;
         for (index, piece) in bytes.chunks(SLOT_BYTES).enumerate() {
             let (pinned, free) = &mut slots[*next];
             *next = (*next + 1) % NUM_SLOTS;
@@ -94,21 +91,6 @@ impl Uploader {
             self.gpu.check(result)?;
             free.record(self.gpu.stream)?;
         }
-        Ok(())
-    }
-
-    /// Copies a small result to the host and waits for it.
-    pub(crate) fn download(&self, from: CUdeviceptr, to: &mut [u8]) -> Result<(), BackendError> {
-        if to.len() > RESULT_BYTES {
-            return self.gpu.download(from, to);
-        }
-        self.gpu.bind()?;
-        let mut guard = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let results = guard.results.address.cast();
-        // SAFETY: the pinned memory is longer, and nobody else has it before the wait; the caller vouches for the source.
-        self.gpu.check(unsafe { cu::cuMemcpyDtoHAsync_v2(results, from, to.len(), self.gpu.stream) })?;
-        self.gpu.synchronize()?;
-        to.copy_from_slice(&guard.results.slice_mut()[..to.len()]);
         Ok(())
     }
 }

@@ -58,11 +58,16 @@ struct Pool {
 }
 
 /// Spans that nobody has, as offset and length, by offset, no two of them adjoining.
-struct Spans(Vec<(usize, usize)>);
+pub(crate) struct Spans(Vec<(usize, usize)>);
 
 impl Spans {
+    /// One span of `length`.
+    pub(crate) fn of(length: usize) -> Self {
+        Self(vec![(0, length)])
+    }
+
     /// Takes `length` from the first span that has it; gives its offset.
-    fn take(&mut self, length: usize) -> Option<usize> {
+    pub(crate) fn take(&mut self, length: usize) -> Option<usize> {
         let index = self.0.iter().position(|(_, available)| *available >= length)?;
         let (offset, available) = self.0[index];
         if available == length {
@@ -74,7 +79,7 @@ impl Spans {
     }
 
     /// Takes back what `take` gave.
-    fn give_back(&mut self, offset: usize, length: usize) {
+    pub(crate) fn give_back(&mut self, offset: usize, length: usize) {
         let index = self.0.partition_point(|(free, _)| *free < offset);
         self.0.insert(index, (offset, length));
         // With what follows first, so that `index` stays right.
@@ -104,7 +109,7 @@ impl DeviceArena {
     pub(crate) fn new(gpu: &Arc<Gpu>, capacity: u64) -> Result<Self, BackendError> {
         let length = (capacity + ROUNDING_BYTES).next_multiple_of(ALIGNMENT as u64) as usize;
         let allocation = Allocation::new(gpu, "the arena", length)?;
-        let pool = Pool { allocation, free: Mutex::new(Spans(vec![(0, length)])) };
+        let pool = Pool { allocation, free: Mutex::new(Spans::of(length)) };
         Ok(Self { gpu: Arc::clone(gpu), counters: Arena::new(gpu.device, capacity), pool: Arc::new(pool) })
     }
 

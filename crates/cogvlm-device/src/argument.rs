@@ -28,6 +28,10 @@ pub type Weight = Either<<CpuBackend as Backend>::Weight, <CudaBackend as Backen
 pub type Tables = Either<<CpuBackend as Backend>::Tables, <CudaBackend as Backend>::Tables>;
 /// Staging slots.
 pub type Ring = Either<<CpuBackend as Backend>::Ring, <CudaBackend as Backend>::Ring>;
+/// Memory that parcels are made of.
+pub type Outbox = Either<<CpuBackend as Backend>::Outbox, <CudaBackend as Backend>::Outbox>;
+/// Tokens that a device chose.
+pub type Sampled = Either<<CpuBackend as Backend>::Sampled, <CudaBackend as Backend>::Sampled>;
 /// A point in a device's time.
 pub type Moment = Either<<CpuBackend as Backend>::Moment, <CudaBackend as Backend>::Moment>;
 

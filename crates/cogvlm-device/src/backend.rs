@@ -13,7 +13,7 @@ use cogvlm_core::workspace::StepLimits;
 use cogvlm_cpu::CpuBackend;
 use cogvlm_cuda::CudaBackend;
 
-use crate::argument::{Argument, Buffer, Either, Moment, Ring, Tables, Weight};
+use crate::argument::{Argument, Buffer, Either, Moment, Outbox, Ring, Sampled, Tables, Weight};
 use crate::parcel::Parcel;
 
 /// One device: a GPU, or the host (or one of several virtual ranks on it).
@@ -50,7 +50,9 @@ impl Backend for AnyBackend {
     type Tables = Tables;
     type Ring = Ring;
     type Parcel = Parcel;
+    type Outbox = Outbox;
     type Moment = Moment;
+    type Sampled = Sampled;
 
     fn activation_dtype(&self) -> DType {
         match self {
@@ -101,8 +103,12 @@ impl Backend for AnyBackend {
         delegate!(self.read(buffer, rows))
     }
 
-    fn send(&self, buffer: &Buffer, rows: Range<usize>) -> Result<Parcel, BackendError> {
-        Parcel::pack(self, buffer, rows)
+    fn outbox(&self, bytes: usize) -> Result<Outbox, BackendError> {
+        Ok(make!(self.outbox(bytes)))
+    }
+
+    fn send(&self, outbox: &Outbox, buffer: &Buffer, rows: Range<usize>) -> Result<Parcel, BackendError> {
+        Parcel::pack(self, outbox, buffer, rows)
     }
 
     fn receive(&self, parcel: Parcel, buffer: &mut Buffer, first_row: usize) -> Result<(), BackendError> {
@@ -188,8 +194,16 @@ impl Backend for AnyBackend {
         delegate!(self.logits(x, weight, rows, logits))
     }
 
-    fn sample(&self, logits: &Buffer, requests: &[SampleRequest<'_>]) -> Result<Vec<u32>, BackendError> {
-        delegate!(self.sample(logits, requests))
+    fn sample(&self, logits: &Buffer, requests: &[SampleRequest<'_>]) -> Result<Sampled, BackendError> {
+        Ok(make!(self.sample(logits, requests)))
+    }
+
+    fn sampled(&self, tokens: &Sampled) -> Result<Vec<u32>, BackendError> {
+        delegate!(self.sampled(tokens))
+    }
+
+    fn embed_sampled(&self, table: &Weight, tokens: &Sampled, hidden: &mut Buffer) -> Result<(), BackendError> {
+        delegate!(self.embed_sampled(table, tokens, hidden))
     }
 
     fn patch_embed(

@@ -9,6 +9,6 @@ mod argument;
 mod backend;
 mod parcel;
 
-pub use argument::{Buffer, Either, Moment, Ring, Tables, Weight};
+pub use argument::{Buffer, Either, Moment, Outbox, Ring, Sampled, Tables, Weight};
 pub use backend::AnyBackend;
 pub use parcel::Parcel;

@@ -8,7 +8,7 @@ use cogvlm_core::DType;
 use cogvlm_cpu::CpuBackend;
 use cogvlm_cuda::CudaBackend;
 
-use crate::argument::{Argument, Buffer, Either};
+use crate::argument::{Argument, Buffer, Either, Outbox};
 use crate::backend::AnyBackend;
 
 /// Rows copied out of a buffer, still with the device that sends them.
@@ -19,10 +19,13 @@ pub struct Parcel {
 }
 
 impl Parcel {
-    pub(crate) fn pack(sender: &AnyBackend, buffer: &Buffer, rows: Range<usize>) -> Result<Self, BackendError> {
+    pub(crate) fn pack(
+        sender: &AnyBackend, outbox: &Outbox, buffer: &Buffer, rows: Range<usize>,
+    ) -> Result<Self, BackendError> {
+        const OP: &str = "send";
         let from = match sender {
-            AnyBackend::Cpu(cpu) => Either::Cpu(cpu.send(buffer.for_cpu("send")?, rows)?),
-            AnyBackend::Cuda(cuda) => Either::Cuda(cuda.send(buffer.for_cuda("send")?, rows)?),
+            AnyBackend::Cpu(cpu) => Either::Cpu(cpu.send(outbox.for_cpu(OP)?, buffer.for_cpu(OP)?, rows)?),
+            AnyBackend::Cuda(cuda) => Either::Cuda(cuda.send(outbox.for_cuda(OP)?, buffer.for_cuda(OP)?, rows)?),
         };
         Ok(Self { dtype: buffer.dtype, columns: buffer.columns, from })
     }
@@ -42,7 +45,7 @@ impl Parcel {
                 return cuda.receive(parcel, buffer.for_cuda(OP)?, first_row);
             }
             (AnyBackend::Cuda(_), Either::Cpu(parcel)) => parcel.to_f32(),
-            (AnyBackend::Cpu(_), Either::Cuda(parcel)) => parcel.to_f32()?,
+            (AnyBackend::Cpu(_), Either::Cuda(parcel)) => parcel.into_f32()?,
         };
         unpack_values(receiver, &values, dtype, columns, buffer, first_row)
     }
@@ -83,7 +86,10 @@ mod tests {
             let mut target = backend.alloc("target", dtype, [4, 5]).unwrap();
             let values: Vec<f32> = (0..15).map(|index| (index as f32 - 7.3) * 1e-3).collect();
             backend.write(&values, &mut source, 0).unwrap();
-            let Either::Cpu(parcel) = Parcel::pack(&backend, &source, 1..3).unwrap().from else { panic!("a GPU's") };
+            let outbox = backend.outbox(1 << 10).unwrap();
+            let Either::Cpu(parcel) = Parcel::pack(&backend, &outbox, &source, 1..3).unwrap().from else {
+                panic!("a GPU's")
+            };
             unpack_values(&backend, &parcel.to_f32(), dtype, 5, &mut target, 2).unwrap();
             assert_eq!(backend.read(&target, 2..4).unwrap(), backend.read(&source, 1..3).unwrap());
             assert_eq!(backend.read(&target, 0..2).unwrap(), [0.0; 10]);

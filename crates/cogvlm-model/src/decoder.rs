@@ -15,7 +15,14 @@ impl<B: Backend> Rank<B> {
         {
             let [table] = taken.exactly();
             let [hidden] = self.workspace.buffers([BufferKind::Hidden]);
-            self.backend.embed(table, &step.batch.input_ids, hidden)?;
+            match self.sampled.as_ref().filter(|_| step.continues) {
+                Some(sampled) => self.backend.embed_sampled(table, sampled, hidden)?,
+                None if step.continues => {
+                    let reason = "the step continues one that chose its tokens elsewhere, or not at all".to_owned();
+                    return Err(BackendError::Unsupported { op: "embed", reason });
+                }
+                None => self.backend.embed(table, &step.batch.input_ids, hidden)?,
+            }
         }
         self.weights.give_back(&self.backend, taken)?;
         if !step.images.is_empty() {
@@ -87,7 +94,9 @@ impl<B: Backend> Rank<B> {
             .iter()
             .map(|spec| SampleRequest { params: &spec.params, seen: &spec.seen, index: spec.index })
             .collect();
-        output.tokens = self.backend.sample(logits, &requests)?;
+        let sampled = self.backend.sample(logits, &requests)?;
+        self.sampled = Some(sampled.clone());
+        output.sampled = Some(sampled);
         if step.want_logits {
             let rows = 0..step.batch.logit_rows.len();
             output.logits = rows.map(|row| self.backend.read(logits, row..row + 1)).collect::<Result<_, _>>()?;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use cogvlm_backend::{Backend, BackendError, RopeMode, rope};
-use cogvlm_core::workspace::{BLOCK_LEN, BufferKind, StepLimits, workspace_buffers};
+use cogvlm_core::workspace::{BLOCK_LEN, BufferKind, StepLimits, outbox_bytes, workspace_buffers};
 use cogvlm_core::{Expert, ModelSpec, Unit, WeightGroup};
 
 use crate::step::{Captured, Crossing, StageOutput, Step};
@@ -47,6 +47,10 @@ pub struct Rank<B: Backend> {
     /// Paged KV cache of each decoder layer executed here.
     pub(crate) kv: HashMap<usize, B::Buffer>,
     pub(crate) tables: B::Tables,
+    /// For rows on their way to other ranks.
+    outbox: B::Outbox,
+    /// What the last step chose here.
+    pub(crate) sampled: Option<B::Sampled>,
 }
 
 /// The rank's workspace buffers.
@@ -72,7 +76,9 @@ impl<B: Backend> Rank<B> {
         let RankSpec { spec, limits, units, inv_freq, rope_mode } = rank;
         let activations = backend.activation_dtype();
         let mut buffers = HashMap::new();
-        for kind in workspace_buffers(&units) {
+        let kinds = workspace_buffers(&units);
+        let outbox = backend.outbox(outbox_bytes(&kinds, &spec, &limits, activations) as usize)?;
+        for kind in kinds {
             buffers.insert(kind, backend.alloc("workspace", kind.dtype(activations), kind.shape(&spec, &limits))?);
         }
         if let Some(table) = buffers.get_mut(&BufferKind::RopeTable) {
@@ -86,7 +92,8 @@ impl<B: Backend> Rank<B> {
             }
         }
         let tables = backend.tables(&limits)?;
-        Ok(Self { backend, spec, rope_mode, weights, workspace: Workspace { buffers }, kv, tables })
+        let workspace = Workspace { buffers };
+        Ok(Self { backend, spec, rope_mode, weights, workspace, kv, tables, outbox, sampled: None })
     }
 
     /// Runs the stage of `units` on what the stage before sent.
@@ -101,7 +108,7 @@ impl<B: Backend> Rank<B> {
         let (vision, language) = units.split_at(units.partition_point(|unit| unit.is_vision()));
         let (embedding, decoder) = language.split_at(usize::from(language.first() == Some(&Unit::Embedding)));
         let mut output =
-            StageOutput { crossing: None, tokens: Vec::new(), logits: Vec::new(), captured: Vec::new(), vision: None };
+            StageOutput { crossing: None, sampled: None, logits: Vec::new(), captured: Vec::new(), vision: None };
         self.weights.begin(&self.backend, units.iter().flat_map(|unit| groups_in_order_of_use(*unit, step)))?;
         self.backend.set_batch(&mut self.tables, &step.batch)?;
         self.receive(input)?;
@@ -173,7 +180,7 @@ impl<B: Backend> Rank<B> {
     fn send(&mut self, last: Unit, step: &Step) -> Result<Crossing<B::Parcel>, BackendError> {
         let (kind, rows) = self.result_of(last, step);
         let [buffer] = self.workspace.buffers([kind]);
-        let parcel = self.backend.send(buffer, 0..rows)?;
+        let parcel = self.backend.send(&self.outbox, buffer, 0..rows)?;
         Ok(match kind {
             BufferKind::VitHidden => Crossing::VitHidden(parcel),
             BufferKind::VisionFeatures => Crossing::VisionFeatures(parcel),

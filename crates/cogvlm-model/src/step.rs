@@ -14,6 +14,9 @@ pub struct Step {
     pub images: Vec<StepImage>,
     /// How to choose the next token from each row of logits, in the order of `batch.logit_rows`.
     pub samples: Vec<SampleSpec>,
+    /// The input ids are not known yet: they are the tokens that the step before chose, one for each row in its order, on
+    /// the rank that both chooses and embeds. The ids in `batch` mean nothing then.
+    pub continues: bool,
     /// Bring the logits back to the host as well.
     pub want_logits: bool,
     /// Bring the hidden states after every unit back to the host: for tests, and for finding where two runs part.
@@ -65,8 +68,8 @@ pub enum Crossing<P> {
 pub struct StageOutput<B: Backend> {
     /// For the next stage; `None` after the head.
     pub crossing: Option<Crossing<B::Parcel>>,
-    /// After the head: the chosen tokens, in the order of `batch.logit_rows`.
-    pub tokens: Vec<u32>,
+    /// After the head: the chosen tokens, in the order of `batch.logit_rows`, as the device has them.
+    pub sampled: Option<B::Sampled>,
     /// After the head, where the step wants them: logits of each of these rows.
     pub logits: Vec<Vec<f32>>,
     /// Hidden states, where the step wants them.

@@ -9,19 +9,42 @@ use cogvlm_model::Captured;
 use tracing::debug;
 
 use crate::blocks::BlockPool;
-use crate::ranks::{RankError, Ranks, StepResult};
+use crate::ranks::{RankError, Ranks, StepId, StepResult};
 use crate::request::{CachedPrefix, FinishReason, Request, RequestError, RequestId};
 use crate::scheduler::{Sequence, admit, step_of};
 
 /// Answers requests on the ranks of a plan.
+///
+/// Several steps are under way at a time. Where several ranks compute text, the running sequences are decoded in as many
+/// groups, so that every rank has work. Where one does, the next step is begun before the tokens of the last one are
+/// known to the host, so that the device never waits for it.
 pub struct Engine<B: Backend> {
     spec: ModelSpec,
     limits: StepLimits,
     pool: BlockPool,
     ranks: Ranks<B>,
     waiting: Vec<Sequence>,
+    /// Sequences whose prompts are computed or under way.
     running: Vec<Sequence>,
+    /// In the order of submission.
+    under_way: Vec<UnderWay>,
     next_id: u64,
+    /// Steps begun so far.
+    num_turns: u64,
+    /// Kind of the step that was begun last.
+    last_kind: StepKind,
+    /// When a step ended last.
+    last_end: Option<Instant>,
+}
+
+/// A step that was begun.
+struct UnderWay {
+    id: StepId,
+    kind: StepKind,
+    num_rows: usize,
+    /// Whose tokens it chooses, in its order. Some may have ended meanwhile.
+    requests: Vec<RequestId>,
+    begun: Instant,
 }
 
 /// Why the engine cannot go on with a request, or at all.
@@ -73,7 +96,7 @@ pub enum Event {
 pub enum StepKind {
     /// Prompts were computed.
     Prefill,
-    /// One token of every running sequence was computed.
+    /// One token of running sequences was computed: of all, or of a group of them.
     Decode,
 }
 
@@ -84,7 +107,8 @@ pub struct StepReport {
     pub kind: StepKind,
     /// Rows computed.
     pub num_rows: usize,
-    /// Time from scheduling to tokens.
+    /// Time from its begin to its tokens, or from the end of the step before where that came later: the times of all
+    /// steps add up to the time that they took together.
     pub elapsed: Duration,
     /// Of it, time in the vision tower and the adapter.
     pub vision_time: Duration,
@@ -98,7 +122,19 @@ impl<B: Backend> Engine<B> {
     /// An engine on `ranks`, which were made for `limits`.
     pub fn new(spec: ModelSpec, limits: StepLimits, ranks: Ranks<B>) -> Self {
         let pool = BlockPool::new(limits.num_kv_blocks());
-        Self { spec, limits, pool, ranks, waiting: Vec::new(), running: Vec::new(), next_id: 0 }
+        Self {
+            spec,
+            limits,
+            pool,
+            ranks,
+            waiting: Vec::new(),
+            running: Vec::new(),
+            under_way: Vec::new(),
+            next_id: 0,
+            num_turns: 0,
+            last_kind: StepKind::Decode,
+            last_end: None,
+        }
     }
 
     /// The model that answers.
@@ -133,7 +169,8 @@ impl<B: Backend> Engine<B> {
         self.waiting.retain(|sequence| sequence.id != id);
         let index = self.running.iter().position(|sequence| sequence.id == id)?;
         let sequence = self.running.remove(index);
-        // The token that was chosen last waits to be fed: nothing of it is cached.
+        // The token that was chosen last is not cached, or by a step that is under way: nobody counts on it. Blocks may
+        // go to others even while such a step is: what it writes to them comes before what theirs do.
         let num_cached = sequence.num_cached;
         sequence.request.keep_cache.then(|| sequence.into_prefix(num_cached))
     }
@@ -143,43 +180,135 @@ impl<B: Backend> Engine<B> {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// One turn: prompts that fit are prefilled, else every running sequence gets a token. `None` when idle.
+    /// Begins what can be begun and waits for the step that ends first. `None` when idle. Prompts that fit are prefilled,
+    /// and after each step of prompts the running sequences get a token.
     ///
     /// # Errors
     /// Where a rank fails. The sequences of the step are dropped; others can go on.
     pub fn step(&mut self) -> Result<Option<StepReport>, EngineError> {
-        let start = Instant::now();
-        let admitted = admit(&mut self.waiting, self.running.len(), &self.limits);
-        let (kind, sequences) = if admitted.is_empty() {
-            (StepKind::Decode, std::mem::take(&mut self.running))
-        } else {
-            (StepKind::Prefill, admitted)
-        };
-        if sequences.is_empty() {
-            if self.waiting.is_empty() {
-                return Ok(None);
+        loop {
+            self.begin()?;
+            if self.under_way.is_empty() {
+                if self.waiting.is_empty() {
+                    return Ok(None);
+                }
+                let (num_free, num_blocks) = (self.pool.num_free(), self.pool.num_blocks());
+                self.waiting.remove(0);
+                return Err(EngineError::NoBlocks { num_free, num_blocks });
             }
-            let (num_free, num_blocks) = (self.pool.num_free(), self.pool.num_blocks());
-            self.waiting.remove(0);
-            return Err(EngineError::NoBlocks { num_free, num_blocks });
+            let (id, outcome) = self.ranks.wait().inspect_err(|_| {
+                // Nothing that is under way will end.
+                for step in std::mem::take(&mut self.under_way) {
+                    self.running.retain(|sequence| !step.requests.contains(&sequence.id));
+                }
+            })?;
+            let index = self.under_way.iter().position(|step| step.id == id);
+            let step = self.under_way.remove(index.expect("every step that ends was begun"));
+            let result = outcome.inspect_err(|_| {
+                self.running.retain(|sequence| !step.requests.contains(&sequence.id));
+            })?;
+            // Of a step that was begun before its sequences ended nothing is left to tell.
+            if let Some(report) = self.finish(step, result) {
+                return Ok(Some(report));
+            }
         }
-        let step = step_of(&sequences, &self.spec);
-        let num_rows = step.batch.num_rows();
-        let StepResult { tokens, logits, captured, vision_time } = self.ranks.run(step)?;
-        let mut logits = logits.into_iter();
-        let mut events = Vec::new();
-        for (sequence, id) in sequences.into_iter().zip(tokens) {
-            let logits = logits.next().filter(|_| sequence.request.want_logits);
-            events.push(Event::Token { request: sequence.id, id, logits });
-            self.advance(sequence, id, &mut events);
-        }
-        let elapsed = start.elapsed();
-        debug!(?kind, num_rows, elapsed_us = elapsed.as_micros() as u64, "step");
-        Ok(Some(StepReport { kind, num_rows, elapsed, vision_time, events, captured }))
     }
 
-    /// Decides whether a sequence goes on after choosing `id`.
-    fn advance(&mut self, mut sequence: Sequence, id: u32, events: &mut Vec<Event>) {
+    /// Begins steps while there is something to compute and somebody to do it.
+    fn begin(&mut self) -> Result<(), EngineError> {
+        while self.under_way.len() < self.ranks.most_under_way() {
+            let Some((kind, indices)) = self.next_step() else { break };
+            let begun = Instant::now();
+            let sequences: Vec<&Sequence> = indices.iter().map(|index| &self.running[*index]).collect();
+            let step = step_of(&sequences, &self.spec);
+            let (num_rows, requests) = (step.batch.num_rows(), sequences.iter().map(|sequence| sequence.id).collect());
+            let id = self.ranks.submit(step)?;
+            self.num_turns += 1;
+            for index in indices {
+                self.running[index].num_under_way += 1;
+                self.running[index].last_turn = self.num_turns;
+            }
+            self.last_kind = kind;
+            self.under_way.push(UnderWay { id, kind, num_rows, requests, begun });
+        }
+        Ok(())
+    }
+
+    /// What is to be begun next: its kind, and which of the running sequences.
+    fn next_step(&mut self) -> Option<(StepKind, Vec<usize>)> {
+        // After a step of prompts those go on that have waited for it.
+        if self.last_kind == StepKind::Prefill
+            && let Some(group) = self.decode_group()
+        {
+            return Some((StepKind::Decode, group));
+        }
+        let first = self.running.len();
+        self.running.extend(admit(&mut self.waiting, first, &self.limits));
+        if self.running.len() > first {
+            return Some((StepKind::Prefill, (first..self.running.len()).collect()));
+        }
+        let group = self.decode_group().or_else(|| self.continued_group())?;
+        Some((StepKind::Decode, group))
+    }
+
+    /// Sequences that wait for their next token: those that have waited longest, so many that all ranks can be busy with
+    /// one group each. Groups of sequences that do not wait yet are left to grow.
+    fn decode_group(&self) -> Option<Vec<usize>> {
+        let num_groups = self.ranks.num_text_ranks().max(1);
+        let num_decoding = self.under_way.iter().filter(|step| step.kind == StepKind::Decode).count();
+        if num_decoding >= num_groups {
+            return None;
+        }
+        let is_waiting = |index: &usize| self.running[*index].num_under_way == 0;
+        let mut group: Vec<usize> = (0..self.running.len()).filter(is_waiting).collect();
+        group.sort_by_key(|index| self.running[*index].last_turn);
+        group.truncate(self.running.len().div_ceil(num_groups));
+        // In the order of their submission, whatever became of their last steps.
+        group.sort_unstable();
+        (!group.is_empty()).then_some(group)
+    }
+
+    /// The sequences of the step that was begun last, whose tokens can be fed before they are known: where one rank both
+    /// chooses and embeds, and nobody waits who could join them.
+    fn continued_group(&mut self) -> Option<Vec<usize>> {
+        let [step] = &self.under_way[..] else { return None };
+        let everybody = step.requests.len() == self.running.len();
+        if step.kind != StepKind::Decode || !everybody || self.ranks.num_text_ranks() > 1 || !self.ranks.can_continue()
+        {
+            return None;
+        }
+        let same = self.running.iter().zip(&step.requests).all(|(sequence, request)| sequence.id == *request);
+        let context_len = self.limits.context_len;
+        if !same || !self.running.iter().all(|sequence| sequence.can_go_on(context_len)) {
+            return None;
+        }
+        self.running.iter_mut().for_each(Sequence::push_unknown);
+        Some((0..self.running.len()).collect())
+    }
+
+    /// Tells what became of the sequences of a step; `None` where all of them had ended before.
+    fn finish(&mut self, step: UnderWay, result: StepResult) -> Option<StepReport> {
+        let UnderWay { kind, num_rows, requests, begun, .. } = step;
+        let StepResult { tokens, logits, captured, vision_time } = result;
+        let mut logits = logits.into_iter();
+        let mut events = Vec::new();
+        for (request, token) in requests.into_iter().zip(tokens) {
+            let logits = logits.next();
+            let Some(index) = self.running.iter().position(|sequence| sequence.id == request) else { continue };
+            self.running[index].num_under_way -= 1;
+            let logits = logits.filter(|_| self.running[index].request.want_logits);
+            events.push(Event::Token { request, id: token, logits });
+            self.advance(index, token, &mut events);
+        }
+        let now = Instant::now();
+        let elapsed = now - self.last_end.replace(now).map_or(begun, |end| end.max(begun));
+        debug!(?kind, num_rows, elapsed_us = elapsed.as_micros() as u64, "step");
+        (!events.is_empty()).then_some(StepReport { kind, num_rows, elapsed, vision_time, events, captured })
+    }
+
+    /// Decides whether the running sequence at `index` goes on after choosing `id`.
+    fn advance(&mut self, index: usize, id: u32, events: &mut Vec<Event>) {
+        let sequence = &mut self.running[index];
         let request = &sequence.request;
         let fed = request.forced.as_ref().map_or(Some(id), |forced| forced.get(sequence.num_chosen).copied());
         sequence.num_chosen += 1;
@@ -188,7 +317,7 @@ impl<B: Backend> Engine<B> {
             None => sequence.num_chosen >= request.max_new_tokens,
         };
         let stopped = request.forced.is_none() && !request.ignore_eos && id == self.spec.eos_token_id;
-        let full = sequence.tokens.input_ids.len() >= self.limits.context_len;
+        let full = sequence.num_known() >= self.limits.context_len;
         let reason = if stopped {
             Some(FinishReason::Stop)
         } else if at_end || full {
@@ -197,14 +326,12 @@ impl<B: Backend> Engine<B> {
             None
         };
         match (reason, fed) {
-            (None, Some(fed)) => {
-                sequence.push(fed);
-                self.running.push(sequence);
-            }
+            (None, Some(fed)) => sequence.reveal(fed),
             (reason, _) => {
+                let sequence = self.running.remove(index);
                 let request = sequence.id;
                 // The token that was chosen last is not among them.
-                let num_cached = sequence.tokens.input_ids.len();
+                let num_cached = sequence.num_known();
                 let prefix = sequence.request.keep_cache.then(|| sequence.into_prefix(num_cached));
                 events.push(Event::Finished { request, reason: reason.unwrap_or(FinishReason::Length), prefix });
             }

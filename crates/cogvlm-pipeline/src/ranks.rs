@@ -1,4 +1,7 @@
 //! Ranks as threads, and the links between them.
+//!
+//! Several steps are under way at a time. A thread calls the operations of one after the other without waiting for its
+//! device, so that the device always has its next work before the last is done; only who asks for tokens waits.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -39,6 +42,10 @@ pub enum RankError {
     },
 }
 
+/// Names a step that is under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StepId(u64);
+
 /// A step that has passed through all stages.
 pub(crate) struct StepResult {
     pub(crate) tokens: Vec<u32>,
@@ -49,6 +56,7 @@ pub(crate) struct StepResult {
 
 /// A step on its way through the stages.
 struct Envelope<B: Backend> {
+    id: StepId,
     step: Arc<Step>,
     stage: usize,
     input: Option<Crossing<B::Parcel>>,
@@ -68,13 +76,18 @@ enum Message<B: Backend> {
     Stop,
 }
 
-/// What the last stage gives.
+/// What the last stage gives: the tokens are on their way.
 struct LastOutput<B: Backend> {
-    tokens: Vec<u32>,
+    rank: usize,
+    stage: usize,
+    sampled: Option<B::Sampled>,
     logits: Vec<Vec<f32>>,
     captured: Vec<Captured>,
     vision: Vec<VisionSpan<B>>,
 }
+
+/// What became of a step.
+type Outcome<B> = (StepId, Result<LastOutput<B>, RankError>);
 
 /// A stage, and the rank that executes it.
 #[derive(Debug, Clone)]
@@ -89,10 +102,11 @@ pub struct Ranks<B: Backend> {
     backends: Vec<Arc<B>>,
     routes: Arc<Vec<Route>>,
     inboxes: Vec<Sender<Message<B>>>,
-    results: Receiver<Result<LastOutput<B>, RankError>>,
+    results: Receiver<Outcome<B>>,
     threads: Vec<JoinHandle<()>>,
     /// The only rank, if there is just one: it runs on the caller's thread, which waking another would only delay.
     alone: Option<Mutex<RankThread<B>>>,
+    next_id: u64,
 }
 
 /// What a rank's thread works with.
@@ -103,7 +117,7 @@ struct RankThread<B: Backend> {
     routes: Arc<Vec<Route>>,
     /// Inboxes of all ranks.
     peers: Vec<Sender<Message<B>>>,
-    results: Sender<Result<LastOutput<B>, RankError>>,
+    results: Sender<Outcome<B>>,
 }
 
 impl<B: Backend> Ranks<B> {
@@ -116,13 +130,12 @@ impl<B: Backend> Ranks<B> {
         let (inboxes, outlets): (Vec<_>, Vec<_>) = ranks.iter().map(|_| channel()).unzip();
         let (devices, backends, threads) = (Vec::new(), Vec::new(), Vec::new());
         let is_alone = ranks.len() == 1;
-        let mut all = Self { devices, backends, routes, inboxes, results, threads, alone: None };
+        let mut all = Self { devices, backends, routes, inboxes, results, threads, alone: None, next_id: 0 };
         for (index, ((device, backend, rank), inbox)) in ranks.into_iter().zip(outlets).enumerate() {
             all.devices.push(device);
             all.backends.push(backend);
-            let peers = all.inboxes.clone();
-            let routes = Arc::clone(&all.routes);
-            let thread = RankThread { index, device, rank, routes, peers, results: result_sender.clone() };
+            let (routes, peers, results) = (Arc::clone(&all.routes), all.inboxes.clone(), result_sender.clone());
+            let thread = RankThread { index, device, rank, routes, peers, results };
             if is_alone {
                 all.alone = Some(Mutex::new(thread));
                 break;
@@ -133,36 +146,69 @@ impl<B: Backend> Ranks<B> {
         Ok(all)
     }
 
-    /// Sends a step through all stages and waits for its end.
-    pub(crate) fn run(&self, step: Step) -> Result<StepResult, RankError> {
-        let first = self.first_stage(&step);
-        let rank = self.routes[first].rank;
-        let envelope =
-            Envelope { step: Arc::new(step), stage: first, input: None, captured: Vec::new(), vision: Vec::new() };
+    /// Ranks that a step without images passes through: as many of them can be kept busy.
+    pub(crate) fn num_text_ranks(&self) -> usize {
+        let text = self.routes.iter().filter(|route| route.units.iter().any(|unit| !unit.is_vision()));
+        let ranks: std::collections::BTreeSet<usize> = text.map(|route| route.rank).collect();
+        ranks.len()
+    }
+
+    /// Steps that are worth being under way at a time. No more than that: whoever has to wait for room in an outbox is
+    /// waited for by nobody.
+    pub(crate) fn most_under_way(&self) -> usize {
+        // A rank that comes twice could wait for one that waits for it, if more steps were under way than parcels fit.
+        let mut ranks: Vec<usize> = self.routes.iter().map(|route| route.rank).collect();
+        ranks.sort_unstable();
+        let comes_twice = ranks.windows(2).any(|pair| pair[0] == pair[1]);
+        if comes_twice { 2 } else { self.devices.len() + 1 }
+    }
+
+    /// Whether a step can continue one whose tokens the host does not know yet.
+    pub(crate) fn can_continue(&self) -> bool {
+        let rank_of = |unit: Unit| self.routes.iter().find(|route| route.units.contains(&unit)).map(|route| route.rank);
+        rank_of(Unit::Embedding) == rank_of(Unit::Head)
+    }
+
+    /// Sends a step on its way through all stages. What becomes of it is told by [`wait`](Self::wait).
+    pub(crate) fn submit(&mut self, step: Step) -> Result<StepId, RankError> {
+        let id = StepId(self.next_id);
+        self.next_id += 1;
+        let stage = self.first_stage(&step);
+        let rank = self.routes[stage].rank;
+        let (captured, vision) = (Vec::new(), Vec::new());
+        let envelope = Envelope { id, step: Arc::new(step), stage, input: None, captured, vision };
         let stopped = |rank: usize| RankError::Stopped { device: self.devices[rank] };
-        if let Some(alone) = &self.alone {
+        match &self.alone {
             // A step that panicked may have left anything behind.
-            let mut alone = alone.lock().map_err(|_| stopped(rank))?;
-            alone.pass(envelope)?;
-        } else {
-            self.inboxes[rank].send(Message::Run(envelope)).map_err(|_| stopped(rank))?;
+            Some(alone) => alone.lock().map_err(|_| stopped(rank))?.pass(envelope),
+            None => self.inboxes[rank].send(Message::Run(envelope)).map_err(|_| stopped(rank))?,
         }
+        Ok(id)
+    }
+
+    /// Waits for the end of a step: the one that ends first.
+    ///
+    /// # Errors
+    /// Where no step will end any more. What goes wrong with a step is told with its name.
+    pub(crate) fn wait(&self) -> Result<(StepId, Result<StepResult, RankError>), RankError> {
         loop {
             match self.results.recv_timeout(Duration::from_millis(200)) {
-                Ok(result) => return self.finish(result?),
+                Ok((id, outcome)) => return Ok((id, outcome.and_then(|output| self.finish(output)))),
                 // A thread ends before its ranks are dropped only if it panicked.
                 Err(_) => {
                     if let Some(rank) = self.threads.iter().position(JoinHandle::is_finished) {
-                        return Err(stopped(rank));
+                        return Err(RankError::Stopped { device: self.devices[rank] });
                     }
                 }
             }
         }
     }
 
-    /// Asks for times only now: with the tokens there, every device is past what it measured.
+    /// Asks for times only once the tokens are there: then every device is past what it measured.
     fn finish(&self, output: LastOutput<B>) -> Result<StepResult, RankError> {
-        let LastOutput { tokens, logits, captured, vision } = output;
+        let LastOutput { rank, stage, sampled, logits, captured, vision } = output;
+        let tokens = sampled.map_or(Ok(Vec::new()), |sampled| self.backends[rank].sampled(&sampled));
+        let tokens = tokens.map_err(|source| RankError::Stage { stage, device: self.devices[rank], source })?;
         let mut vision_time = Duration::ZERO;
         for VisionSpan { rank, moments: [begin, end] } in vision {
             let elapsed = self.backends[rank].elapsed(&begin, &end);
@@ -197,15 +243,26 @@ impl<B: Backend> Drop for Ranks<B> {
 impl<B: Backend> RankThread<B> {
     fn run(mut self, inbox: &Receiver<Message<B>>) {
         while let Ok(Message::Run(envelope)) = inbox.recv() {
-            if let Err(error) = self.pass(envelope) {
-                drop(self.results.send(Err(error)));
-            }
+            self.pass(envelope);
         }
     }
 
     /// Runs this rank's stage of a step, and those after it that are its own too, and hands the step on.
-    fn pass(&mut self, envelope: Envelope<B>) -> Result<(), RankError> {
-        let Envelope { step, mut stage, mut input, mut captured, vision: mut spans } = envelope;
+    fn pass(&mut self, envelope: Envelope<B>) {
+        let id = envelope.id;
+        match self.run_stages(envelope) {
+            Ok(Passed::On(rank, envelope)) => {
+                // The peer is gone only if it panicked, which the engine notices.
+                drop(self.peers[rank].send(Message::Run(envelope)));
+            }
+            // The engine is gone only while everything is being dropped.
+            Ok(Passed::Last(output)) => drop(self.results.send((id, Ok(output)))),
+            Err(error) => drop(self.results.send((id, Err(error)))),
+        }
+    }
+
+    fn run_stages(&mut self, envelope: Envelope<B>) -> Result<Passed<B>, RankError> {
+        let Envelope { id, step, mut stage, mut input, mut captured, vision: mut spans } = envelope;
         let routes = Arc::clone(&self.routes);
         loop {
             let device = self.device;
@@ -213,22 +270,26 @@ impl<B: Backend> RankThread<B> {
             let output = self.rank.run_stage(&routes[stage].units, &step, input.take());
             let output = output.map_err(|source| RankError::Stage { stage, device, source })?;
             drop(span);
-            let StageOutput { crossing, tokens, logits, captured: taps, vision } = output;
+            let StageOutput { crossing, sampled, logits, captured: taps, vision } = output;
             captured.extend(taps);
             spans.extend(vision.map(|moments| VisionSpan { rank: self.index, moments }));
-            stage += 1;
-            let Some(next) = routes.get(stage) else {
-                // The engine is gone only while everything is being dropped.
-                drop(self.results.send(Ok(LastOutput { tokens, logits, captured, vision: spans })));
-                return Ok(());
+            let Some(next) = routes.get(stage + 1) else {
+                let rank = self.index;
+                return Ok(Passed::Last(LastOutput { rank, stage, sampled, logits, captured, vision: spans }));
             };
+            stage += 1;
             input = crossing;
             if next.rank != self.index {
-                let envelope = Envelope { step, stage, input, captured, vision: spans };
-                // The peer is gone only if it panicked, which the engine notices.
-                drop(self.peers[next.rank].send(Message::Run(envelope)));
-                return Ok(());
+                return Ok(Passed::On(next.rank, Envelope { id, step, stage, input, captured, vision: spans }));
             }
         }
     }
+}
+
+/// Where a step goes from a rank.
+enum Passed<B: Backend> {
+    /// To another rank.
+    On(usize, Envelope<B>),
+    /// Nowhere: it has passed all stages.
+    Last(LastOutput<B>),
 }

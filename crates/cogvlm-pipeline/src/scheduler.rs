@@ -18,11 +18,17 @@ pub(crate) struct Sequence {
     pub(crate) request: Request,
     /// Prompt and everything fed after it.
     pub(crate) tokens: TokenLayout,
-    /// First tokens whose keys and values are cached.
+    /// Whether the last of `tokens` was fed before it was known: it stands for what is being chosen.
+    pub(crate) is_last_unknown: bool,
+    /// First tokens whose keys and values are cached, or will be by the steps under way before the last one.
     pub(crate) num_cached: usize,
     /// Tokens chosen so far.
     pub(crate) num_chosen: usize,
     pub(crate) blocks: BlockLease,
+    /// Steps under way that compute it: two where one was begun before the token of the other was known.
+    pub(crate) num_under_way: usize,
+    /// When it was scheduled last, in steps.
+    pub(crate) last_turn: u64,
 }
 
 impl Sequence {
@@ -32,7 +38,8 @@ impl Sequence {
             Some(prefix) => (prefix.covers(&tokens, request.image.as_ref()), prefix.blocks),
             None => (0, pool.empty_lease()),
         };
-        Self { id, request, tokens, num_cached, num_chosen: 0, blocks }
+        let (is_last_unknown, num_chosen, num_under_way, last_turn) = (false, 0, 0, 0);
+        Self { id, request, tokens, is_last_unknown, num_cached, num_chosen, blocks, num_under_way, last_turn }
     }
 
     /// Rows that the next step computes of it.
@@ -50,6 +57,11 @@ impl Sequence {
         (self.request.layout.input_ids.len() + self.request.max_new_tokens).min(context_len)
     }
 
+    /// Tokens that are known.
+    pub(crate) fn num_known(&self) -> usize {
+        self.tokens.input_ids.len() - usize::from(self.is_last_unknown)
+    }
+
     /// Feeds a token: the next step computes it.
     pub(crate) fn push(&mut self, id: u32) {
         self.num_cached = self.tokens.input_ids.len();
@@ -57,6 +69,30 @@ impl Sequence {
         self.tokens.input_ids.push(id);
         self.tokens.token_types.push(TokenType::Language);
         self.tokens.position_ids.push(position);
+    }
+
+    /// Feeds the token that the step under way chooses.
+    pub(crate) fn push_unknown(&mut self) {
+        self.push(0);
+        self.is_last_unknown = true;
+    }
+
+    /// Says which token it was that was fed, or is to be fed.
+    pub(crate) fn reveal(&mut self, id: u32) {
+        match self.tokens.input_ids.last_mut().filter(|_| self.is_last_unknown) {
+            Some(last) => *last = id,
+            None => self.push(id),
+        }
+        self.is_last_unknown = false;
+    }
+
+    /// Whether the token that the step under way chooses can be fed before it is known: unless it ends the sequence by
+    /// itself, the sequence goes on, and nothing but this token is chosen by it.
+    pub(crate) fn can_go_on(&self, context_len: usize) -> bool {
+        let Request { max_new_tokens, forced, want_logits, params, .. } = &self.request;
+        let goes_on = self.num_chosen + 1 < *max_new_tokens && self.tokens.input_ids.len() < context_len;
+        let is_free = forced.is_none() && !want_logits && params.repetition_penalty == 1.0;
+        goes_on && is_free && self.num_under_way == 1 && !self.is_last_unknown
     }
 
     /// The cache of a finished sequence, of whose tokens the first `num_cached` were computed.
@@ -88,8 +124,10 @@ pub(crate) fn admit(waiting: &mut Vec<Sequence>, num_running: usize, limits: &St
 }
 
 /// The step that computes the rows of `sequences` that are not cached yet, and chooses a token for each.
-pub(crate) fn step_of(sequences: &[Sequence], spec: &ModelSpec) -> Step {
-    let mut step = Step::default();
+pub(crate) fn step_of(sequences: &[&Sequence], spec: &ModelSpec) -> Step {
+    // All of them are continued, or none is.
+    let continues = sequences.first().is_some_and(|sequence| sequence.is_last_unknown);
+    let mut step = Step { continues, ..Step::default() };
     let mut experts = Vec::new();
     for sequence in sequences {
         let first_row = experts.len();
@@ -110,7 +148,9 @@ pub(crate) fn step_of(sequences: &[Sequence], spec: &ModelSpec) -> Step {
         }
         let params = sequence.request.params.clone();
         let seen = if params.repetition_penalty == 1.0 { Vec::new() } else { input_ids.clone() };
-        step.samples.push(SampleSpec { params, seen, index: sequence.num_chosen as u64 });
+        // The token before may still be on its way.
+        let index = sequence.num_chosen as u64 + u64::from(continues);
+        step.samples.push(SampleSpec { params, seen, index });
         step.want_logits |= sequence.request.want_logits;
         step.capture |= sequence.request.capture && sequence.num_chosen == 0;
     }

@@ -67,7 +67,7 @@ impl Plan {
     /// request for limits and budgets.
     pub fn for_request(&self, request: &PlanRequest) -> Result<Self, PlanError> {
         request.check()?;
-        let sizes = Sizes::new(&request.spec, request.weight_dtype, request.activation_dtype, request.limits);
+        let sizes = request.sizes();
         let mut request = request.clone();
         for placement in &self.placements {
             let rests = placement.residency.place(placement.executes_on);
@@ -103,7 +103,7 @@ impl Plan {
     pub fn from_hugging_face(map_json: &str, request: &PlanRequest) -> Result<Self, PlanError> {
         let map = read_map(map_json)?;
         request.check()?;
-        let sizes = Sizes::new(&request.spec, request.weight_dtype, request.activation_dtype, request.limits);
+        let sizes = request.sizes();
         check_keys(&map, request)?;
         let by_key: BTreeMap<&str, Device> = map.iter().map(|(key, device)| (key.as_str(), *device)).collect();
         let rests = sizes.inventory.iter().map(|tensor| {

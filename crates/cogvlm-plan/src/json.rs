@@ -10,7 +10,9 @@ use serde_json::{Map, Value};
 use crate::account::Placement;
 use crate::error::PlanError;
 use crate::own::sizes::Sizes;
-use crate::plan::{DeviceBudget, DevicePlan, LinkPlan, Plan, Policy, Residency, check_budgets, check_limits};
+use crate::plan::{
+    DeviceBudget, DevicePlan, LinkPlan, Plan, Policy, Residency, check_budgets, check_limits, limits_on,
+};
 
 /// The schema that is written, and the only one that is read.
 pub const PLAN_SCHEMA: &str = "cogvlm-shard.plan/1";
@@ -159,15 +161,17 @@ impl Plan {
             max_sequences: file.limits.batch,
             max_images: file.limits.max_images,
             context_len: file.limits.context,
+            parcels: 0,
         };
         check_limits(&limits)?;
-        let sizes = Sizes::new(spec, file.weight_dtype, file.activation_dtype, limits);
         let devices = read_devices(&file.devices)?;
         let budgets: Vec<DeviceBudget> = devices
             .iter()
             .map(|(device, file)| DeviceBudget { device: *device, bytes: file.budget_bytes.unwrap_or(0) })
             .collect();
         check_budgets(&budgets)?;
+        let limits = limits_on(limits, &budgets);
+        let sizes = Sizes::new(spec, file.weight_dtype, file.activation_dtype, limits);
         let known = |device: Device| devices.contains_key(&device);
         let executes_on = read_stages(&file.stages, &sizes, known)?;
         let residency = read_residency(&file.tensors_off_device, &sizes, &executes_on, known)?;

@@ -6,6 +6,7 @@ use cogvlm_core::{DType, Device, ModelSpec, TensorSpec, Unit};
 use serde::{Deserialize, Serialize};
 
 use crate::error::PlanError;
+use crate::own::sizes::Sizes;
 
 /// How units and weights are placed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -128,11 +129,21 @@ impl PlanRequest {
         }
     }
 
+    /// What the model takes under this request.
+    pub(crate) fn sizes(&self) -> Sizes {
+        Sizes::new(&self.spec, self.weight_dtype, self.activation_dtype, limits_on(self.limits, &self.budgets))
+    }
+
     /// Refuses what no search can meet.
     pub(crate) fn check(&self) -> Result<(), PlanError> {
         check_limits(&self.limits)?;
         check_budgets(&self.budgets)
     }
+}
+
+/// `limits` of a run on the devices of `budgets`, of which every one but the disk may be a rank.
+pub(crate) fn limits_on(limits: StepLimits, budgets: &[DeviceBudget]) -> StepLimits {
+    limits.among(budgets.iter().filter(|budget| budget.device.executes()).count())
 }
 
 /// Refuses limits that no run can have.

@@ -237,7 +237,7 @@ fn refusals_say_what_would_do() {
     }
     let error = plan(&request("0:12GiB", Policy::Auto)).unwrap_err();
     assert_eq!(error.to_string(), "cogvlm-chat-17b does not fit: `0` offers 12.00 GiB, it would need 34.70 GiB");
-    assert_eq!(error.hint().unwrap(), "raise `0` to 34.7GiB, or add `cpu:23.1GiB`");
+    assert_eq!(error.hint().unwrap(), "raise `0` to 34.7GiB, or add `cpu:23.2GiB`");
 }
 
 #[test]

@@ -117,7 +117,7 @@ fn check_memory(plan: &Plan, request: &PlanRequest) -> Result<(), TestCaseError>
             }
         }
         let layers = own.iter().filter(|unit| matches!(unit, Unit::DecoderLayer(_))).count() as u64;
-        let work = workspace_bytes(&request.spec, &own, &request.limits, request.activation_dtype);
+        let work = workspace_bytes(&request.spec, &own, &plan.limits, request.activation_dtype);
         let staging = STAGING_SLOTS as u64 * slots.iter().map(|(.., slot)| *slot).max().unwrap_or(0);
         let used = held + layers * kv + work + staging;
         let used = used + if matches!(device, Device::Gpu(_)) && used > 0 { request.reserve_bytes } else { 0 };
@@ -167,7 +167,7 @@ proptest! {
             };
             let hot = bytes(|phase| phase == Phase::EveryToken);
             let all_units = Unit::execution_order(&request.spec);
-            let work = workspace_bytes(&request.spec, &all_units, &request.limits, request.activation_dtype);
+            let work = workspace_bytes(&request.spec, &all_units, &plan.limits, request.activation_dtype);
             let kv = kv_bytes_per_layer(&request.spec, &request.limits, request.activation_dtype);
             // Any group in both slots, and the embedding where it cannot rest elsewhere.
             let table = bytes(|phase| phase == Phase::RowLookup);
@@ -269,7 +269,7 @@ proptest! {
         };
         let budgets = budgets.into_iter().map(|(key, bytes)| DeviceBudget { device: device(key), bytes }).collect();
         let mut request = request_of("small", budgets, Policy::Auto, reserve);
-        request.limits = StepLimits { max_tokens, max_sequences: batch, max_images: images, context_len: context };
+        request.limits = StepLimits { max_tokens, max_sequences: batch, max_images: images, context_len: context, parcels: 0 };
         if let Ok(plan) = plan(&request) {
             prop_assert!(!plan.report(None).is_empty());
         }

@@ -239,7 +239,7 @@ pub fn set_batch<B: Backend>(make: Make<'_, B>) {
         backend.set_batch(&mut tables, &batch)
     };
     attempt(&limits, &|_| ()).expect("a batch that fills its tables is taken");
-    let roomy = StepLimits { max_tokens: 100, max_sequences: 9, max_images: 2, context_len: 400 };
+    let roomy = StepLimits { max_tokens: 100, max_sequences: 9, max_images: 2, context_len: 400, parcels: 0 };
     attempt(&roomy, &|_| ()).expect("a batch smaller than its tables is taken");
     attempt(&limits, &|batch| *batch = Batch::default()).expect("an empty batch is taken");
 

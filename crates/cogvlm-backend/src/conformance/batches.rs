@@ -67,6 +67,7 @@ pub(crate) fn limits(batch: &Batch) -> StepLimits {
         max_tokens: batch.num_rows().max(1),
         max_sequences: batch.sequences.len().max(1),
         max_images: 1,
+        parcels: 0,
         context_len: batch.sequences.iter().map(|sequence| sequence.context_len).max().unwrap_or(1),
     }
 }

@@ -74,6 +74,39 @@ pub fn copy_rows<B: Backend>(make: Make<'_, B>) {
     }
 }
 
+/// Room for two parcels of all rows of a test, and something.
+const OUTBOX_BYTES: usize = 2 * (ROWS * WIDTH * 4).next_multiple_of(256) + 256;
+
+/// Parcels are under way side by side, are received in any order, and give their room to those after them, for which a
+/// sender waits.
+fn several_parcels<B: Backend>(sender: &B, receiver: &B, outbox: &B::Outbox, values: &[f32]) {
+    let dtype = sender.activation_dtype();
+    let rows_of = |turn: usize| -> Vec<f32> { values.iter().map(|value| value * (turn + 1) as f32).collect() };
+    let rounded = |values: Vec<f32>| -> Vec<f32> { values.iter().map(|v| round_to(dtype, f64::from(*v))).collect() };
+    let send = |turn: usize| {
+        let source = buffer(sender, ROWS, WIDTH, &rows_of(turn));
+        sender.send(outbox, &source, 0..ROWS).expect("rows fit")
+    };
+    let receive = |turn: usize, parcel: B::Parcel| {
+        let mut destination = buffer(receiver, ROWS, WIDTH, &[]);
+        receiver.receive(parcel, &mut destination, 0).expect("rows fit");
+        let found = receiver.read(&destination, 0..ROWS).expect("rows fit");
+        assert_same_bits(&format!("parcel {turn}"), &found, &rounded(rows_of(turn)));
+    };
+    std::thread::scope(|scope| {
+        let (parcels, inbox) = std::sync::mpsc::sync_channel(8);
+        scope.spawn(move || (0..12).for_each(|turn| parcels.send(send(turn)).expect("the receiver takes all of them")));
+        let mut held = Vec::new();
+        for turn in 0..12 {
+            held.push((turn, inbox.recv().expect("the sender sends all of them")));
+            if held.len() == 2 {
+                // The second before the first.
+                held.drain(..).rev().for_each(|(turn, parcel)| receive(turn, parcel));
+            }
+        }
+    });
+}
+
 /// Rows reach another device bit for bit, as they were when they were sent.
 pub fn send_receive<B: Backend>(make: Make<'_, B>) {
     let devices = devices(make);
@@ -85,7 +118,8 @@ pub fn send_receive<B: Backend>(make: Make<'_, B>) {
             let before = garbage(dtype, (ROWS + 3) * WIDTH);
             let mut source = buffer(sender, ROWS, WIDTH, &values);
             let mut destination = buffer(receiver, ROWS + 3, WIDTH, &before);
-            let parcel = sender.send(&source, rows.clone()).expect("rows fit");
+            let outbox = sender.outbox(OUTBOX_BYTES).expect("the arena is empty");
+            let parcel = sender.send(&outbox, &source, rows.clone()).expect("rows fit");
             sender.write(&before[..ROWS * WIDTH], &mut source, 0).expect("rows fit");
             drop(source);
             receiver.receive(parcel, &mut destination, first_row).expect("rows fit");
@@ -98,14 +132,17 @@ pub fn send_receive<B: Backend>(make: Make<'_, B>) {
     }
     let [sender, receiver] = &devices;
     let source = buffer(sender, ROWS, WIDTH, &values);
-    refuses_shape("send: rows that are not there", sender.send(&source, 0..ROWS + 1));
-    refuses_shape("send: a reversed range", sender.send(&source, REVERSED));
-    let parcel = || sender.send(&source, 0..3).expect("rows fit");
+    let outbox = sender.outbox(OUTBOX_BYTES).expect("the arena is empty");
+    assert!(sender.memory().in_use >= OUTBOX_BYTES as u64, "an outbox is part of the arena");
+    refuses_shape("send: rows that are not there", sender.send(&outbox, &source, 0..ROWS + 1));
+    refuses_shape("send: a reversed range", sender.send(&outbox, &source, REVERSED));
+    let parcel = || sender.send(&outbox, &source, 0..3).expect("rows fit");
     let mut destination = buffer(receiver, ROWS, WIDTH, &[]);
     let mut narrow = buffer(receiver, ROWS, WIDTH - 1, &[]);
     refuses_shape("receive: another width", receiver.receive(parcel(), &mut narrow, 0));
     refuses_shape("receive: beyond the end", receiver.receive(parcel(), &mut destination, ROWS - 2));
     refuses_shape("receive: far beyond the end", receiver.receive(parcel(), &mut destination, usize::MAX));
-    drop((destination, narrow, source));
+    several_parcels(sender, receiver, &outbox, &values);
+    drop((destination, narrow, source, outbox));
     assert_eq!([sender.memory().in_use, receiver.memory().in_use], [0, 0], "parcels leave nothing behind");
 }

@@ -3,13 +3,14 @@
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::plain::{PlainBackend, PlainBuffer, PlainParcel, PlainRing, PlainTables, PlainWeight};
 use cogvlm_backend::conformance::{ARENA_BYTES, checks};
 use cogvlm_backend::oracle::{self, KvPart, kv_index, round_to};
 use cogvlm_backend::{
-    Activation, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, MemoryUse, PatchGeometry,
+    Activation, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, Lease, MemoryUse, PatchGeometry,
     PatchWeights, RopeMode, SampleRequest, SamplingParams, SequenceRows, StagedSource,
 };
 use cogvlm_core::DType;
@@ -116,6 +117,9 @@ faults! {
     TiesGoToTheLast sample Always
     PenaltyIgnored sample Always
     DrawIgnoresIndex sample Always
+    SampledAreTheLast sample Always
+    EmbedsTheLastSampled embed_sampled Always
+    EmbedsSampledInReverse embed_sampled Always
     // Vision.
     PatchesColumnMajor patch_embed Always
     PatchPositionsShifted patch_embed Always
@@ -160,12 +164,14 @@ struct FaultyBackend {
     inner: PlainBackend,
     dtype: DType,
     fault: Fault,
+    /// What the last `sample` chose.
+    last_sampled: Mutex<Vec<u32>>,
 }
 
 impl FaultyBackend {
     fn new(dtype: DType, fault: Fault) -> Self {
         let capacity = if fault == Fault::ArenaWithoutEnd { u64::MAX } else { ARENA_BYTES };
-        Self { inner: PlainBackend::new(dtype, capacity), dtype, fault }
+        Self { inner: PlainBackend::new(dtype, capacity), dtype, fault, last_sampled: Mutex::default() }
     }
 
     fn has(&self, fault: Fault) -> bool {
@@ -216,7 +222,9 @@ impl Backend for FaultyBackend {
     type Tables = PlainTables;
     type Ring = PlainRing;
     type Parcel = PlainParcel;
+    type Outbox = Lease;
     type Moment = std::time::Instant;
+    type Sampled = Vec<u32>;
 
     fn moment(&self) -> Result<Self::Moment> {
         Ok(std::time::Instant::now())
@@ -300,8 +308,12 @@ impl Backend for FaultyBackend {
         self.inner.read(buffer, rows.start..end)
     }
 
-    fn send(&self, buffer: &PlainBuffer, rows: Range<usize>) -> Result<PlainParcel> {
-        self.inner.send(buffer, rows)
+    fn outbox(&self, bytes: usize) -> Result<Lease> {
+        self.inner.outbox(bytes)
+    }
+
+    fn send(&self, outbox: &Lease, buffer: &PlainBuffer, rows: Range<usize>) -> Result<PlainParcel> {
+        self.inner.send(outbox, buffer, rows)
     }
 
     fn receive(&self, parcel: PlainParcel, buffer: &mut PlainBuffer, first_row: usize) -> Result<()> {
@@ -598,7 +610,29 @@ impl Backend for FaultyBackend {
             }
             tokens.rotate_left(1);
         }
+        self.last_sampled.lock().unwrap().clone_from(&tokens);
         Ok(tokens)
+    }
+
+    fn sampled(&self, tokens: &Vec<u32>) -> Result<Vec<u32>> {
+        if self.has(Fault::SampledAreTheLast) {
+            return Ok(self.last_sampled.lock().unwrap().clone());
+        }
+        Ok(tokens.clone())
+    }
+
+    fn embed_sampled(&self, table: &PlainWeight, tokens: &Vec<u32>, hidden: &mut PlainBuffer) -> Result<()> {
+        match self.fault {
+            Fault::EmbedsTheLastSampled => {
+                let mut last = self.last_sampled.lock().unwrap().clone();
+                last.resize(tokens.len(), 0);
+                self.embed(table, &last, hidden)
+            }
+            Fault::EmbedsSampledInReverse => {
+                self.embed(table, &tokens.iter().rev().copied().collect::<Vec<_>>(), hidden)
+            }
+            _ => self.embed(table, tokens, hidden),
+        }
     }
 
     fn patch_embed(

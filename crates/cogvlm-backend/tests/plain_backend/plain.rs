@@ -214,7 +214,9 @@ impl Backend for PlainBackend {
     type Tables = PlainTables;
     type Ring = PlainRing;
     type Parcel = PlainParcel;
+    type Outbox = Lease;
     type Moment = std::time::Instant;
+    type Sampled = Vec<u32>;
 
     fn moment(&self) -> Result<Self::Moment> {
         Ok(std::time::Instant::now())
@@ -284,7 +286,11 @@ impl Backend for PlainBackend {
         Ok(buffer.slice("read", rows)?.to_vec())
     }
 
-    fn send(&self, buffer: &PlainBuffer, rows: Range<usize>) -> Result<PlainParcel> {
+    fn outbox(&self, bytes: usize) -> Result<Lease> {
+        self.arena.lease("outbox", bytes as u64)
+    }
+
+    fn send(&self, _outbox: &Lease, buffer: &PlainBuffer, rows: Range<usize>) -> Result<PlainParcel> {
         Ok(PlainParcel { width: buffer.width(), values: buffer.slice("send", rows)?.to_vec() })
     }
 
@@ -453,6 +459,10 @@ impl Backend for PlainBackend {
         logits.expect("sample", "logits", requests.len(), logits.width())?;
         let rows = logits.values.chunks_exact(logits.width());
         Ok(rows.zip(requests).map(|(row, request)| sampling::sample(row, request)).collect())
+    }
+
+    fn sampled(&self, tokens: &Vec<u32>) -> Result<Vec<u32>> {
+        Ok(tokens.clone())
     }
 
     fn patch_embed(

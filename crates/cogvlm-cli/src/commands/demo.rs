@@ -17,7 +17,7 @@ const TOKENIZER: &[u8] = include_bytes!("../../../../tests/goldens/tokenizer.mod
 
 const MODEL: &str = "small@12";
 /// Two virtual ranks that together cannot hold the model, and host memory for the rest.
-const MAX_MEMORY: &str = "0:60MiB,1:60MiB,cpu:256MiB";
+const MAX_MEMORY: &str = "0:70MiB,1:70MiB,cpu:256MiB";
 const QUESTION: &str = "What is in the cup?";
 
 pub(crate) fn run() -> CliResult {

@@ -3,11 +3,13 @@
 use cogvlm_backend::shape::{expect, expect_rows, unsupported};
 use cogvlm_backend::{BackendError, HostWeight};
 use cogvlm_core::DType;
+use cudarc::driver::sys::CUdeviceptr;
 use half::{bf16, f16};
 
 use crate::backend::CudaBackend;
 use crate::buffer::{CudaBuffer, dtype_code};
 use crate::device::{Launch, arg};
+use crate::sampled::SampledTokens;
 use crate::weight::CudaWeight;
 
 /// As in kernels/embed.cu.
@@ -21,45 +23,78 @@ const HOST_ROWS: usize = 64;
 pub(crate) fn embed(
     cuda: &CudaBackend, table: &CudaWeight, ids: &[u32], hidden: &mut CudaBuffer,
 ) -> Result<(), BackendError> {
-    const OP: &str = "embed";
-    let width = hidden.columns();
-    expect_rows(OP, "hidden", hidden.shape(), [ids.len(), width])?;
-    expect(OP, "table", table.shape(), table.shape().len() == 2 && table.shape()[1] == width, || {
-        format!("[vocab_size, {width}]")
-    })?;
-    let vocab_size = table.shape()[0];
+    let vocab_size = check(cuda, table, ids.len(), hidden)?;
     if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
         return Err(unsupported(OP, format!("token id {id} in a vocabulary of {vocab_size}")));
-    }
-    hidden.expect_dtype(OP, "hidden", cuda.activations)?;
-    if width == 0 {
-        return Ok(());
     }
     if let Some(host) = table.host() {
         return embed_from_host(cuda, host, ids, hidden);
     }
-    let address = table.address(OP, "table")?;
-    let (table_type, columns, chunks) = (dtype_code(table.dtype()), width as u32, (width / 8) as u32);
-    let both_bf16 = cuda.activations == DType::Bf16 && table.dtype() == DType::Bf16;
     for (index, piece) in ids.chunks(MOST_IDS).enumerate() {
         let mut token_ids = [0_u32; MOST_IDS];
         token_ids[..piece.len()].copy_from_slice(piece);
-        let output = hidden.row(index * MOST_IDS);
-        let launch = Launch { overlap: table.is_stable(), ..Launch::blocks(piece.len() as u32, THREADS) };
-        if both_bf16 && width.is_multiple_of(8) {
-            let mut arguments = [arg(&address), arg(&token_ids), arg(&output), arg(&chunks)];
-            // SAFETY: arguments and THREADS are those of `embed_bf16_wide`; ids are within the table and rows within
-            // `hidden`, as checked above; rows of a multiple of eight elements begin at multiples of 16 bytes.
-            unsafe { cuda.gpu.launch("embed", "embed_bf16_wide", launch, &mut arguments) }?;
-            continue;
-        }
-        let kernel = if cuda.activations == DType::F32 { "embed_f32" } else { "embed_bf16" };
-        let mut arguments = [arg(&address), arg(&table_type), arg(&token_ids), arg(&output), arg(&columns)];
-        // SAFETY: arguments and THREADS are those of `embed_f32` and `embed_bf16`; ids are within the table and rows
-        // within `hidden`, as checked above.
-        unsafe { cuda.gpu.launch("embed", kernel, launch, &mut arguments) }?;
+        // SAFETY: ids are within the table and rows within `hidden`, as checked above.
+        unsafe { launch(cuda, table, &token_ids, 0, piece.len(), hidden, index * MOST_IDS) }?;
     }
     Ok(())
+}
+
+/// Of tokens that this device chose: they are read where they are, unless the table rests on the host.
+pub(crate) fn embed_sampled(
+    cuda: &CudaBackend, table: &CudaWeight, tokens: &SampledTokens, hidden: &mut CudaBuffer,
+) -> Result<(), BackendError> {
+    if table.host().is_some() {
+        return embed(cuda, table, &tokens.wait()?, hidden);
+    }
+    let vocab_size = check(cuda, table, tokens.len(), hidden)?;
+    if tokens.vocab_size > vocab_size {
+        let reason = format!("tokens of a vocabulary of {} in a table of {vocab_size}", tokens.vocab_size);
+        return Err(unsupported(OP, reason));
+    }
+    // SAFETY: the tokens are within the table and rows within `hidden`, as checked above; what wrote the tokens went to
+    // the stream before.
+    unsafe { launch(cuda, table, &[0; MOST_IDS], tokens.address(), tokens.len(), hidden, 0) }
+}
+
+const OP: &str = "embed";
+
+/// Gives the size of the table's vocabulary.
+fn check(cuda: &CudaBackend, table: &CudaWeight, rows: usize, hidden: &CudaBuffer) -> Result<usize, BackendError> {
+    let width = hidden.columns();
+    expect_rows(OP, "hidden", hidden.shape(), [rows, width])?;
+    expect(OP, "table", table.shape(), table.shape().len() == 2 && table.shape()[1] == width, || {
+        format!("[vocab_size, {width}]")
+    })?;
+    hidden.expect_dtype(OP, "hidden", cuda.activations)?;
+    Ok(table.shape()[0])
+}
+
+/// Rows `first_row..` of `hidden`, `rows` of them, for tokens at `sampled`, or `ids` where that is 0.
+///
+/// # Safety
+/// The tokens are within the table, which is on the device, and the rows within `hidden`; there are at most `MOST_IDS`
+/// where they are passed by value.
+unsafe fn launch(
+    cuda: &CudaBackend, table: &CudaWeight, ids: &[u32; MOST_IDS], sampled: CUdeviceptr, rows: usize,
+    hidden: &CudaBuffer, first_row: usize,
+) -> Result<(), BackendError> {
+    let width = hidden.columns();
+    if width == 0 {
+        return Ok(());
+    }
+    let (address, output) = (table.address(OP, "table")?, hidden.row(first_row));
+    let (table_type, columns, chunks) = (dtype_code(table.dtype()), width as u32, (width / 8) as u32);
+    let launch = Launch { overlap: table.is_stable(), ..Launch::blocks(rows as u32, THREADS) };
+    if cuda.activations == DType::Bf16 && table.dtype() == DType::Bf16 && width.is_multiple_of(8) {
+        let mut arguments = [arg(&address), arg(ids), arg(&sampled), arg(&output), arg(&chunks)];
+        // SAFETY: arguments and THREADS are those of `embed_bf16_wide`; the caller vouches for ids and rows; rows of a
+        // multiple of eight elements begin at multiples of 16 bytes.
+        return unsafe { cuda.gpu.launch("embed", "embed_bf16_wide", launch, &mut arguments) };
+    }
+    let kernel = if cuda.activations == DType::F32 { "embed_f32" } else { "embed_bf16" };
+    let mut arguments = [arg(&address), arg(&table_type), arg(ids), arg(&sampled), arg(&output), arg(&columns)];
+    // SAFETY: arguments and THREADS are those of `embed_f32` and `embed_bf16`; the caller vouches for ids and rows.
+    unsafe { cuda.gpu.launch("embed", kernel, launch, &mut arguments) }
 }
 
 /// Looks the rows up where they rest, and copies them over as the type of activations.

@@ -1,7 +1,6 @@
-//! Rows in and out of buffers: from and to the host, another buffer, another device, a weight.
+//! Rows in and out of buffers: from and to the host, another buffer, a weight.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use cogvlm_backend::BackendError;
 use cogvlm_backend::shape::{expect, expect_fit, expect_span, expect_values};
@@ -9,9 +8,8 @@ use cogvlm_core::DType;
 use cudarc::driver::sys::CUdeviceptr;
 
 use crate::backend::{CudaBackend, SCRATCH_BYTES};
-use crate::buffer::{CudaBuffer, CudaParcel, dtype_code};
-use crate::device::{Event, Launch, arg};
-use crate::memory::Allocation;
+use crate::buffer::{CudaBuffer, dtype_code};
+use crate::device::{Launch, arg};
 use crate::weight::CudaWeight;
 
 /// Bytes at the beginning of the scratch memory that belong to the counters of the attention: they are zero between
@@ -61,37 +59,6 @@ pub(crate) fn read(cuda: &CudaBackend, buffer: &CudaBuffer, rows: Range<usize>) 
     let mut bits = vec![0_u16; len];
     cuda.gpu.download(from, bytemuck::cast_slice_mut(&mut bits))?;
     Ok(bits.into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect())
-}
-
-pub(crate) fn send(cuda: &CudaBackend, buffer: &CudaBuffer, rows: Range<usize>) -> Result<CudaParcel, BackendError> {
-    expect_span("send", &rows, buffer.rows())?;
-    let bytes = rows.len() * buffer.row_bytes();
-    let allocation = Allocation::new(&cuda.gpu, "rows on their way to another device", bytes)?;
-    // SAFETY: the rows are in the buffer, the allocation has room for them. A buffer that is dropped now goes to an
-    // owner whose work comes after this copy on the same stream.
-    unsafe { cuda.gpu.copy(buffer.row(rows.start), allocation.address, bytes) }?;
-    let ready = Event::new(&cuda.gpu, false)?;
-    ready.record(cuda.gpu.stream)?;
-    let (gpu, dtype) = (Arc::clone(&cuda.gpu), buffer.dtype);
-    Ok(CudaParcel { gpu, allocation, ready, dtype, rows: rows.len(), columns: buffer.columns() })
-}
-
-pub(crate) fn receive(
-    cuda: &CudaBackend, parcel: CudaParcel, buffer: &mut CudaBuffer, first_row: usize,
-) -> Result<(), BackendError> {
-    let given = (parcel.dtype, [parcel.rows, parcel.columns]);
-    expect_fit("receive", given, (buffer.dtype, buffer.shape()), first_row)?;
-    let bytes = parcel.rows * buffer.row_bytes();
-    if bytes == 0 {
-        return Ok(());
-    }
-    let stream = cuda.gpu.stream;
-    parcel.ready.hold(stream)?;
-    let (from, to) = (parcel.allocation.address, buffer.row(first_row));
-    // SAFETY: the parcel holds these bytes until the wait below, and the buffer has room for them.
-    unsafe { cuda.gpu.copy_from_peer(&parcel.gpu, from, to, bytes, stream) }?;
-    // The parcel's memory is freed next, in the sender's context, which may know nothing of the receiver's stream.
-    cuda.gpu.synchronize()
 }
 
 pub(crate) fn copy_rows(

@@ -10,6 +10,7 @@ use crate::backend::CudaBackend;
 use crate::buffer::CudaBuffer;
 use crate::device::{Launch, arg};
 use crate::memory::ALIGNMENT;
+use crate::sampled::SampledTokens;
 
 /// As in kernels/sample.cu.
 const THREADS: u32 = 1024;
@@ -20,35 +21,26 @@ const SPACE_PER_TOKEN: usize = 12;
 
 pub(crate) fn sample(
     cuda: &CudaBackend, logits: &CudaBuffer, requests: &[SampleRequest<'_>],
-) -> Result<Vec<u32>, BackendError> {
+) -> Result<SampledTokens, BackendError> {
     const OP: &str = "sample";
     let vocab_size = logits.columns();
     expect_rows(OP, "logits", logits.shape(), [requests.len(), vocab_size])?;
     expect(OP, "logits", &logits.shape(), vocab_size > 0, || "at least one column".to_owned())?;
     logits.expect_dtype(OP, "logits", DType::F32)?;
-    if requests.is_empty() {
-        return Ok(Vec::new());
-    }
-    // The tokens first, then what the rows of one launch work with.
-    let (tokens, length) = rows::scratch(cuda);
-    let tokens_bytes = (requests.len() * size_of::<u32>()).next_multiple_of(ALIGNMENT);
-    let Some(room) = length.checked_sub(tokens_bytes) else {
-        return Err(unsupported(OP, format!("{} rows, whose tokens exceed {length} bytes", requests.len())));
-    };
+    let sampled = cuda.tokens.take(requests.len(), vocab_size)?;
     if requests.iter().all(|request| is_greedy(request) && seen(request).is_empty()) {
-        greedy(cuda, logits, requests.len(), tokens)?;
+        greedy(cuda, logits, requests.len(), sampled.address())?;
     } else {
-        let area = tokens + tokens_bytes as CUdeviceptr;
+        let (area, room) = rows::scratch(cuda);
         let mut first = 0;
         while first < requests.len() {
             let count = rows_that_fit(&requests[first..], vocab_size, room)?;
-            choose(cuda, logits, first, &requests[first..first + count], area, tokens)?;
+            choose(cuda, logits, first, &requests[first..first + count], area, sampled.address())?;
             first += count;
         }
     }
-    let mut chosen = vec![0_u32; requests.len()];
-    cuda.uploader.download(tokens, bytemuck::cast_slice_mut(&mut chosen))?;
-    Ok(chosen)
+    cuda.tokens.bring(&sampled)?;
+    Ok(sampled)
 }
 
 /// The best token of each row, written to `tokens`.
@@ -56,8 +48,8 @@ fn greedy(cuda: &CudaBackend, logits: &CudaBuffer, rows: usize, tokens: CUdevice
     let (scores, vocab_size) = (logits.address(), logits.columns() as u32);
     let mut arguments = [arg(&scores), arg(&vocab_size), arg(&tokens)];
     let launch = Launch::blocks(rows as u32, THREADS);
-    // SAFETY: arguments and THREADS are those of `sample_greedy`; the logits have `rows` rows, and `tokens` is scratch
-    // memory with room for as many.
+    // SAFETY: arguments and THREADS are those of `sample_greedy`; the logits have `rows` rows, and at `tokens` is room
+    // for as many.
     unsafe { cuda.gpu.launch("sample", "sample_greedy", launch, &mut arguments) }
 }
 

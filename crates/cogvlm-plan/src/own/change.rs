@@ -4,7 +4,7 @@
 use cogvlm_core::Device;
 use cogvlm_core::memory::{GIB, MIB};
 
-use super::sizes::{Sizes, image_prompt_tokens};
+use super::sizes::image_prompt_tokens;
 use super::try_plan;
 use crate::error::{Change, PlanError, tenths_of_gib};
 use crate::plan::{DeviceBudget, MAX_CONTEXT, Plan, PlanRequest, STAGING_SLOTS};
@@ -113,7 +113,7 @@ fn apply(request: &PlanRequest, change: Change) -> PlanRequest {
 
 /// A budget that holds the whole model on one device.
 fn enough_for_all(request: &PlanRequest) -> u64 {
-    let sizes = Sizes::new(&request.spec, request.weight_dtype, request.activation_dtype, request.limits);
+    let sizes = request.sizes();
     let (vision, text) = (0..sizes.num_vision, sizes.num_vision..sizes.units.len());
     let weights: u64 = sizes.groups.iter().map(|group| group.bytes).sum();
     let ring = STAGING_SLOTS as u64 * sizes.slot_of(&text).max(sizes.slot_of(&vision));

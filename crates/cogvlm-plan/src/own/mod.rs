@@ -87,7 +87,7 @@ impl<'a> Planner<'a> {
             }
         }
         cards.sort_by_key(|card| card.device);
-        let sizes = Sizes::new(&request.spec, request.weight_dtype, request.activation_dtype, request.limits);
+        let sizes = request.sizes();
         Self { request, sizes, cards, host, file, packed: RefCell::default() }
     }
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use cogvlm_backend::SamplingParams;
 use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::{DType, Device, ModelSpec};
-use cogvlm_pipeline::{Event, Image, Request, StepKind};
+use cogvlm_pipeline::{Event, Image, Request, StepKind, StepReport};
 use cogvlm_plan::plan::Plan;
 
 use self::ceilings::Ceilings;
@@ -29,8 +29,27 @@ struct Run {
     first_token: Duration,
     vision: Duration,
     prefill: Duration,
-    decode: Duration,
-    num_decode_steps: usize,
+    /// Steps after the prompts, while all sequences were running; all steps, where some ended before others began.
+    decode: Decoding,
+}
+
+/// Decode steps: their time, and the tokens of all sequences in it.
+#[derive(Clone, Copy, Default)]
+struct Decoding {
+    elapsed: Duration,
+    num_tokens: usize,
+}
+
+impl Decoding {
+    fn add(&mut self, report: &StepReport, num_tokens: usize) {
+        self.elapsed += report.elapsed;
+        self.num_tokens += num_tokens;
+    }
+
+    /// Seconds in which each of `sequences` gets a token.
+    fn step_seconds(&self, sequences: usize) -> f64 {
+        self.elapsed.as_secs_f64() * sequences as f64 / self.num_tokens.max(1) as f64
+    }
 }
 
 pub(crate) fn run(args: &BenchArgs) -> CliResult {
@@ -92,7 +111,7 @@ pub(crate) fn run(args: &BenchArgs) -> CliResult {
         * (num_prompt as f64 + args.new_tokens as f64 / 2.0);
     let decode = |(sequences, runs): &(usize, Vec<Run>)| Decode {
         sequences: *sequences,
-        step_s: median(runs.iter().map(|run| run.decode.as_secs_f64() / run.num_decode_steps.max(1) as f64)),
+        step_s: median(runs.iter().map(|run| run.decode.step_seconds(*sequences))),
         prefill_s: median(runs.iter().map(|run| run.prefill.as_secs_f64())),
         bytes: work.hot_bytes as f64 + *sequences as f64 * kv_bytes,
     };
@@ -184,23 +203,31 @@ fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs, seq
         first_token: Duration::ZERO,
         vision: Duration::ZERO,
         prefill: Duration::ZERO,
-        decode: Duration::ZERO,
-        num_decode_steps: 0,
+        decode: Decoding::default(),
     };
+    let (mut num_begun, mut any_ended, mut all_steps) = (0, false, Decoding::default());
     while let Some(report) = session.engine.step()? {
         if run.first_token.is_zero() && report.events.iter().any(|event| matches!(event, Event::Token { .. })) {
             run.first_token = start.elapsed();
         }
+        let num_tokens = report.events.iter().filter(|event| matches!(event, Event::Token { .. })).count();
         match report.kind {
             StepKind::Prefill => {
                 run.vision += report.vision_time;
                 run.prefill += report.elapsed;
+                num_begun += num_tokens;
             }
             StepKind::Decode => {
-                run.decode += report.elapsed;
-                run.num_decode_steps += 1;
+                all_steps.add(&report, num_tokens);
+                if num_begun == sequences && !any_ended {
+                    run.decode.add(&report, num_tokens);
+                }
             }
         }
+        any_ended |= num_tokens < report.events.len();
+    }
+    if run.decode.num_tokens == 0 {
+        run.decode = all_steps;
     }
     Ok(run)
 }

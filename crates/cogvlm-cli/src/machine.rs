@@ -6,9 +6,7 @@ use std::collections::btree_map::Entry;
 use cogvlm_core::Device;
 use cogvlm_core::memory::{MIB, format_bytes};
 use cogvlm_cuda::{Context, CudaError};
-use cogvlm_plan::plan::{
-    CUDA_RESERVE_BYTES, DeviceBudget, Plan, PlanRequest, Policy, Residency, VIRTUAL_RANK_RESERVE_BYTES,
-};
+use cogvlm_plan::plan::{DeviceBudget, Plan, PlanRequest, Policy, Residency};
 use cogvlm_plan::{parse_max_memory, plan};
 
 use crate::args::{BackendArg, PlacementArgs};
@@ -43,12 +41,9 @@ impl Machine {
         }
     }
 
-    /// Bytes that a plan sets aside on every numbered device.
-    pub(crate) fn reserve_bytes(&self) -> u64 {
-        match self {
-            Self::Host => VIRTUAL_RANK_RESERVE_BYTES,
-            Self::Gpus(_) => CUDA_RESERVE_BYTES,
-        }
+    /// Whether numbered devices are GPUs.
+    pub(crate) fn on_gpus(&self) -> bool {
+        matches!(self, Self::Gpus(_))
     }
 
     /// The budgets of `--max-memory`, or what is free now.
@@ -192,7 +187,7 @@ mod tests {
         let placement = PlacementArgs { batch: Some(batch), ..PlacementArgs::default() };
         let model = planned_model("cogvlm-chat-17b").unwrap();
         let budgets = budgets.chain([host]).collect();
-        let request = request_for(model, &placement, DType::Bf16, CUDA_RESERVE_BYTES, budgets).unwrap();
+        let request = request_for(model, &placement, DType::Bf16, true, budgets).unwrap();
         let plan = plan(&on_one_gpu(PlanRequest { policy, ..request })).unwrap();
         plan.devices.iter().map(|planned| planned.device).filter(|device| plan.uses(*device)).collect()
     }

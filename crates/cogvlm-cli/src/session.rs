@@ -15,7 +15,9 @@ use cogvlm_cuda::CudaBackend;
 use cogvlm_device::AnyBackend;
 use cogvlm_pipeline::{Engine, LoadError, load_plan};
 use cogvlm_plan::accelerate::ModuleTree;
-use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates};
+use cogvlm_plan::plan::{
+    CUDA_RESERVE_BYTES, DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates, VIRTUAL_RANK_RESERVE_BYTES,
+};
 use cogvlm_plan::{PlanError, plan};
 use serde::Deserialize;
 
@@ -194,7 +196,7 @@ fn plan_request(args: &ModelArgs, source: &ModelSource, machine: &mut Machine) -
     };
     if args.device_map.is_some() && is_automatic(&args.placement) {
         // The map says which devices it means.
-        return request_for(model, &args.placement, DType::from(args.dtype), machine.reserve_bytes(), Vec::new());
+        return request_for(model, &args.placement, DType::from(args.dtype), machine.on_gpus(), Vec::new());
     }
     placed_request(model, &args.placement, DType::from(args.dtype), machine)
 }
@@ -204,16 +206,16 @@ pub(crate) fn placed_request(
     model: PlannedModel, placement: &PlacementArgs, activation_dtype: DType, machine: &mut Machine,
 ) -> CliResult<PlanRequest> {
     let budgets = machine.budgets(placement)?;
-    let request = request_for(model, placement, activation_dtype, machine.reserve_bytes(), budgets)?;
+    let request = request_for(model, placement, activation_dtype, machine.on_gpus(), budgets)?;
     Ok(if is_automatic(placement) { on_one_gpu(request) } else { request })
 }
 
-/// What the flags ask the planner for. `reserve_bytes` is kept free on every card.
+/// What the flags ask the planner for: on GPUs, which have a context each, or on virtual ranks.
 pub(crate) fn request_for(
-    model: PlannedModel, placement: &PlacementArgs, activation_dtype: DType, reserve_bytes: u64,
-    budgets: Vec<DeviceBudget>,
+    model: PlannedModel, placement: &PlacementArgs, activation_dtype: DType, on_gpus: bool, budgets: Vec<DeviceBudget>,
 ) -> CliResult<PlanRequest> {
     let PlannedModel { name, spec, weight_dtype } = model;
+    let reserve_bytes = if on_gpus { CUDA_RESERVE_BYTES } else { VIRTUAL_RANK_RESERVE_BYTES };
     let longest = spec.max_position_embeddings;
     let context_len = placement.context.unwrap_or(longest);
     if context_len > longest {

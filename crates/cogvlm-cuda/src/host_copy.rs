@@ -105,8 +105,9 @@ impl Drop for Uploader {
 /// How the bytes of weights get to the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LoadPath {
-    /// What is fastest: weights that are streamed, straight from mapped files that are in the page cache; weights that are
-    /// loaded, through pinned memory where there are cores enough to copy them there, else like those.
+    /// What is fastest. Weights that are streamed come straight from mapped files that are in the page cache, once these
+    /// are registered, which goes on meanwhile where there are cores enough to copy through pinned memory until then.
+    /// Weights that are loaded come through pinned memory where there are such cores, else like those.
     Auto,
     /// Straight from mapped files, wherever they are; where the driver refuses to register one, that is an error.
     Registered,
@@ -132,9 +133,9 @@ impl Queue {
     }
 }
 
-/// Threads that copy one streamed weight into pinned memory, each through slots of its own: one alone copies at a sixth
-/// of the rate of the link. (Weights that are loaded come from as many threads as load.)
-const STREAM_LANES: usize = 4;
+/// Most threads that copy one streamed weight into pinned memory, each through slots of its own: one alone copies at a
+/// sixth of the rate of the link. (Weights that are loaded come from as many threads as load.)
+const STREAM_LANES: usize = 12;
 /// Pinned slots of such a thread: one is filled while the device copies from the other.
 const LANE_SLOTS: usize = 2;
 /// Bytes of such a slot.
@@ -147,8 +148,10 @@ const STAGING_CORES: usize = 8;
 /// Copies weights to a device.
 pub(crate) struct Loader {
     path: LoadPath,
-    /// Whether weights that are loaded go through pinned memory wherever their file is.
-    stages_loads: bool,
+    /// Whether there are cores enough to copy through pinned memory what is not registered yet.
+    has_cores: bool,
+    /// Threads that copy one streamed weight.
+    stream_lanes: usize,
     gpu: Arc<Gpu>,
     /// Those that nobody uses now; allocated when they are needed first.
     lanes: Mutex<Vec<Lane>>,
@@ -176,9 +179,9 @@ struct Pieces<'a> {
 impl Loader {
     pub(crate) fn new(gpu: &Arc<Gpu>, path: LoadPath) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let stages_loads = path == LoadPath::Auto && cores >= STAGING_CORES;
+        let (has_cores, stream_lanes) = (cores >= STAGING_CORES, cores.clamp(2, STREAM_LANES));
         let gpu = Arc::clone(gpu);
-        Self { path, stages_loads, gpu, lanes: Mutex::default(), registered: Mutex::default() }
+        Self { path, has_cores, stream_lanes, gpu, lanes: Mutex::default(), registered: Mutex::default() }
     }
 
     /// Copies bytes `range` of `weight`, as they are stored, to `to`, in the order of `queue`. When this returns, also
@@ -200,14 +203,20 @@ impl Loader {
     fn copy_registered(
         &self, weight: &HostWeight, range: &Range<usize>, to: CUdeviceptr, queue: Queue,
     ) -> Result<bool, BackendError> {
-        if self.stages_loads && queue == Queue::Compute {
+        let can_wait = self.path == LoadPath::Auto && self.has_cores;
+        if can_wait && queue == Queue::Compute {
             return Ok(false);
         }
         let (Some(bytes), Some(registered)) = (weight.mapped(), self.registered(weight)) else { return Ok(false) };
         let address = bytes.as_ptr().addr() + range.start;
         let start = address - registered.address();
         let span = start..start + range.len();
-        if self.path == LoadPath::Auto && !registered.covers(&span) && !registered::is_resident(address, range.len()) {
+        let is_there = registered.covers(&span);
+        if self.path == LoadPath::Auto && !is_there && !registered::is_resident(address, range.len()) {
+            return Ok(false);
+        }
+        if can_wait && !is_there {
+            registered.begin(&span);
             return Ok(false);
         }
         let outcome = registered.ensure(&span);
@@ -252,7 +261,7 @@ impl Loader {
     ) -> Result<(), BackendError> {
         let num_lanes = match queue {
             Queue::Compute => 1,
-            Queue::Copy => range.len().div_ceil(PIECE_BYTES).min(STREAM_LANES),
+            Queue::Copy => range.len().div_ceil(PIECE_BYTES).min(self.stream_lanes),
         };
         let mut lanes = self.take_lanes(num_lanes);
         let pieces = &Pieces { gpu: &self.gpu, weight, range: range.clone(), to, queue, next: AtomicUsize::new(0) };

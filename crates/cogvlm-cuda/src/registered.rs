@@ -3,6 +3,7 @@
 //! A mapping is registered in windows, as weights of it are asked for and a little ahead of that. All devices of the
 //! process share one registration; it ends, and lets go of the mapping, when the last of them does.
 
+use std::collections::VecDeque;
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,7 +17,7 @@ use crate::device::Gpu;
 
 /// Bytes registered by one call of the driver, which takes 2 ms.
 pub(crate) const WINDOW_BYTES: usize = 64 << 20;
-/// Windows beyond those asked for that are registered meanwhile.
+/// Windows beyond those asked for that are registered meanwhile, where who asks waits.
 const WINDOWS_AHEAD: usize = 8;
 /// Threads that do so: one registers half as fast as the link copies.
 const THREADS: usize = 3;
@@ -53,9 +54,11 @@ struct State {
     /// Why the driver refused one of them; it is asked for no other then.
     refused: Option<String>,
     is_warned: bool,
-    /// Windows to register ahead.
-    ahead: Range<usize>,
+    /// Windows to register in the background, in this order.
+    wanted: VecDeque<usize>,
     threads: Vec<JoinHandle<()>>,
+    /// Threads that will look into `wanted` again.
+    num_looking: usize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -88,8 +91,9 @@ impl Registered {
             windows: vec![Window::Untouched; num_bytes.div_ceil(WINDOW_BYTES)],
             refused: None,
             is_warned: false,
-            ahead: 0..0,
+            wanted: VecDeque::new(),
             threads: Vec::new(),
+            num_looking: 0,
         };
         let begun = Arc::new(Self {
             gpu: Arc::clone(gpu),
@@ -115,8 +119,14 @@ impl Registered {
 
     /// Registers bytes `span` of the mapping, and what follows in the background. An error says why it cannot.
     pub(crate) fn ensure(self: &Arc<Self>, span: &Range<usize>) -> Result<(), String> {
-        self.begin_ahead(windows(span).end);
+        let end = windows(span).end;
+        self.want(end..end + WINDOWS_AHEAD);
         windows(span).try_for_each(|window| self.ensure_window(window))
+    }
+
+    /// Registers bytes `span` of the mapping in the background.
+    pub(crate) fn begin(self: &Arc<Self>, span: &Range<usize>) {
+        self.want(windows(span));
     }
 
     /// Says once that the mapping cannot be registered.
@@ -134,7 +144,7 @@ impl Registered {
     /// Ends the threads that register ahead.
     pub(crate) fn end_ahead(&self) {
         let mut state = self.lock();
-        state.ahead = 0..0;
+        state.wanted.clear();
         let threads = std::mem::take(&mut state.threads);
         drop(state);
         for thread in threads {
@@ -143,27 +153,37 @@ impl Registered {
         }
     }
 
-    fn begin_ahead(self: &Arc<Self>, first: usize) {
+    /// Lets threads register those of `windows` that nobody has registered or asked for yet.
+    fn want(self: &Arc<Self>, windows: Range<usize>) {
         let mut state = self.lock();
-        let end = state.windows.len().min(first + WINDOWS_AHEAD);
-        if state.refused.is_some() || state.windows[first.min(end)..end].iter().all(|w| *w != Window::Untouched) {
+        if state.refused.is_some() {
             return;
         }
-        state.ahead = first..end;
+        let windows = windows.start..windows.end.min(state.windows.len());
+        let is_new = |window: &usize| state.windows[*window] == Window::Untouched && !state.wanted.contains(window);
+        let new: Vec<usize> = windows.filter(is_new).collect();
+        if new.is_empty() {
+            return;
+        }
+        state.wanted.extend(new);
         state.threads.retain(|thread| !thread.is_finished());
-        while state.threads.len() < THREADS {
+        while state.num_looking < THREADS {
             let registered = Arc::clone(self);
             let builder = std::thread::Builder::new().name("registrar".to_owned());
-            // Without such a thread windows are registered when they are asked for.
-            let Ok(thread) = builder.spawn(move || registered.register_ahead()) else { break };
+            // Without such a thread windows are registered when they are asked for, or not at all.
+            let Ok(thread) = builder.spawn(move || registered.register_wanted()) else { break };
+            state.num_looking += 1;
             state.threads.push(thread);
         }
     }
 
-    fn register_ahead(&self) {
+    fn register_wanted(&self) {
         loop {
             let mut state = self.lock();
-            let Some(window) = state.ahead.next() else { return };
+            let Some(window) = state.wanted.pop_front() else {
+                state.num_looking -= 1;
+                return;
+            };
             let is_wanted = state.windows[window] == Window::Untouched && state.refused.is_none();
             drop(state);
             let (start, num_bytes) = self.extent(window);

@@ -238,7 +238,7 @@ impl Placement {
     pub(crate) fn into_plan(
         self, sizes: &Sizes, request: &crate::plan::PlanRequest, policy: Policy, notices: Vec<String>,
     ) -> Result<Plan, PlanError> {
-        let devices = self.devices(sizes, &request.budgets, request.reserve_bytes);
+        let devices = self.devices(sizes, &request.budgets, request.card_reserve_bytes(sizes));
         Self::check(&devices)?;
         let times = self.times(sizes, &request.rates);
         Ok(Plan {

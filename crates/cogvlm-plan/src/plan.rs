@@ -87,6 +87,10 @@ impl Rates {
 /// What a CUDA process holds on a card beside what it allocates: context, module images, library handles. Between 300
 /// and 550 MiB on the drivers and cards in use; the rest is margin.
 pub const CUDA_RESERVE_BYTES: u64 = 600 * MIB;
+/// Bytes of host memory for which a card that streams from it needs a byte more: what the driver keeps for each page that
+/// is registered. 16.2 GB took 50 MB, 20.4 GB took 60 MB of an H100 (driver 580).
+const HOST_BYTES_PER_RESERVED_BYTE: u64 = 256;
+
 /// The same for a virtual rank of the CPU backend, which holds nothing but its arena.
 pub const VIRTUAL_RANK_RESERVE_BYTES: u64 = 0;
 
@@ -107,7 +111,8 @@ pub struct PlanRequest {
     pub policy: Policy,
     /// The largest step, and the sequences that the KV cache is made for.
     pub limits: StepLimits,
-    /// Bytes set aside on every card for what is not ours to place: the CUDA context, library handles, kernel images.
+    /// Bytes set aside on every card for what is not ours to place: the CUDA context, library handles, kernel images. A
+    /// card that has such a reserve is also left what it needs to stream from host memory.
     pub reserve_bytes: u64,
     /// Rates of the machine.
     pub rates: Rates,
@@ -132,6 +137,22 @@ impl PlanRequest {
     /// What the model takes under this request.
     pub(crate) fn sizes(&self) -> Sizes {
         Sizes::new(&self.spec, self.weight_dtype, self.activation_dtype, limits_on(self.limits, &self.budgets))
+    }
+
+    /// What stays free on every card: the reserve, and what the driver keeps to stream as much as may rest off the cards.
+    pub(crate) fn card_reserve_bytes(&self, sizes: &Sizes) -> u64 {
+        if self.reserve_bytes == 0 {
+            return 0;
+        }
+        let weight_bytes = sizes.groups.iter().map(|group| group.bytes).sum();
+        let streamed = self.budgets.iter().map(|budget| match budget.device {
+            Device::Gpu(_) => 0,
+            Device::Cpu => budget.bytes.min(weight_bytes),
+            Device::Disk => weight_bytes,
+        });
+        let streamed = streamed.sum::<u64>().min(weight_bytes);
+        let for_pages = streamed.div_ceil(HOST_BYTES_PER_RESERVED_BYTE).next_multiple_of(MIB);
+        self.reserve_bytes.saturating_add(for_pages)
     }
 
     /// Refuses what no search can meet.

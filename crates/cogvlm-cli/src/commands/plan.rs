@@ -7,7 +7,7 @@ use cogvlm_core::memory::format_bytes;
 use cogvlm_plan::accelerate::{
     self, Arguments, Balanced, DeviceKey, ElementType, MaxMemory, ModuleTree, Version, Widths,
 };
-use cogvlm_plan::plan::{CUDA_RESERVE_BYTES, Plan, PlanRequest, Policy, Rates};
+use cogvlm_plan::plan::{Plan, PlanRequest, Policy, Rates};
 use cogvlm_plan::requests::{RequestError, TreeCache, answer_line};
 use cogvlm_plan::{PLAN_SCHEMA, parse_max_memory, plan};
 use serde::de::IgnoredAny;
@@ -164,7 +164,7 @@ fn own_policy(policy: Policy, fields: &Map<String, Value>) -> Result<Value, Requ
     let budgets = parse_max_memory(&budgets.join(",")).map_err(|error| refused(error.into()))?;
     let placement = PlacementArgs { context: request.context, batch: request.batch, ..PlacementArgs::default() };
     let model = planned_model(request.model.as_deref().unwrap_or("cogvlm-chat-17b")).map_err(refused)?;
-    let mut plan_request = request_for(model, &placement, DType::Bf16, CUDA_RESERVE_BYTES, budgets).map_err(refused)?;
+    let mut plan_request = request_for(model, &placement, DType::Bf16, true, budgets).map_err(refused)?;
     plan_request.policy = policy;
     let plan = plan(&plan_request).map_err(|error| refused(plan_error(error)))?;
     serde_json::from_str(&plan.to_json()).map_err(|error| RequestError::new("RuntimeError", error.to_string()))

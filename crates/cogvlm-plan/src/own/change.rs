@@ -117,7 +117,8 @@ fn enough_for_all(request: &PlanRequest) -> u64 {
     let (vision, text) = (0..sizes.num_vision, sizes.num_vision..sizes.units.len());
     let weights: u64 = sizes.groups.iter().map(|group| group.bytes).sum();
     let ring = STAGING_SLOTS as u64 * sizes.slot_of(&text).max(sizes.slot_of(&vision));
-    let all = weights + sizes.kv_bytes(&text) + sizes.workspace_bytes(&vision, &text) + ring + request.reserve_bytes;
+    let work = sizes.kv_bytes(&text) + sizes.workspace_bytes(&vision, &text);
+    let all = (weights + work + ring).saturating_add(request.card_reserve_bytes(&sizes));
     // A whole GiB at the end of the search is one that flags can say.
     all.next_multiple_of(GIB)
 }

@@ -74,12 +74,14 @@ const MOST_BYTES: u64 = 1 << 56;
 
 impl<'a> Planner<'a> {
     fn new(request: &'a PlanRequest) -> Self {
+        let sizes = request.sizes();
+        let reserve_bytes = request.card_reserve_bytes(&sizes);
         let mut cards = Vec::new();
         let (mut host, mut file) = (None, false);
         for budget in &request.budgets {
             match budget.device {
                 Device::Gpu(_) => {
-                    let capacity = budget.bytes.saturating_sub(request.reserve_bytes).min(MOST_BYTES);
+                    let capacity = budget.bytes.saturating_sub(reserve_bytes).min(MOST_BYTES);
                     cards.push(Card { device: budget.device, capacity });
                 }
                 Device::Cpu => host = Some(budget.bytes.min(MOST_BYTES)),
@@ -87,7 +89,6 @@ impl<'a> Planner<'a> {
             }
         }
         cards.sort_by_key(|card| card.device);
-        let sizes = request.sizes();
         Self { request, sizes, cards, host, file, packed: RefCell::default() }
     }
 

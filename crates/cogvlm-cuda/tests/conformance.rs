@@ -1,5 +1,7 @@
 //! The conformance suite on the GPU, with every path of kernels.
 
+use std::cell::Cell;
+
 use cogvlm_backend::conformance::ARENA_BYTES;
 use cogvlm_backend::conformance_suite;
 use cogvlm_core::{DType, Device};
@@ -8,6 +10,16 @@ use cogvlm_cuda::{CudaBackend, KernelPath};
 fn backend(activations: DType, path: KernelPath) -> CudaBackend {
     let backend = CudaBackend::new(Device::Gpu(0), 0, 4 * ARENA_BYTES, activations);
     backend.unwrap_or_else(|error| panic!("{error}")).with_path(path)
+}
+
+/// Each backend of a test on the next GPU of those that there are, so that what passes between two of them crosses a link
+/// where there is one.
+fn spread() -> CudaBackend {
+    thread_local!(static NEXT: Cell<u32> = const { Cell::new(0) });
+    let num_gpus = cogvlm_cuda::usable_devices().unwrap_or_else(|error| panic!("{error}")).len() as u32;
+    let ordinal = NEXT.replace(NEXT.get() + 1) % num_gpus;
+    let backend = CudaBackend::new(Device::Gpu(ordinal), ordinal, 4 * ARENA_BYTES, DType::Bf16);
+    backend.unwrap_or_else(|error| panic!("{error}"))
 }
 
 conformance_suite!(
@@ -29,4 +41,9 @@ conformance_suite!(
     #[ignore = "needs a GPU; run with `--ignored` where there is one"]
     bf16_hopper,
     || backend(DType::Bf16, KernelPath::Hopper)
+);
+conformance_suite!(
+    #[ignore = "needs a GPU; more than one says more; run with `--ignored` where there are some"]
+    spread,
+    spread
 );

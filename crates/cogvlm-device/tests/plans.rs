@@ -1,0 +1,159 @@
+//! Every plan of GPUs gives the same bits: one GPU, several, weights streamed from host memory, from a file, from another
+//! GPU, cuts wherever a map makes them. Where there are fewer GPUs than ranks, ranks share them.
+
+use std::sync::Arc;
+
+use cogvlm_backend::{RopeMode, SamplingParams};
+use cogvlm_checkpoint::{ModelSource, Monitor, SyntheticModel, write_checkpoint};
+use cogvlm_core::memory::MIB;
+use cogvlm_core::tokens::TokenLayout;
+use cogvlm_core::workspace::StepLimits;
+use cogvlm_core::{DType, Device, Unit};
+use cogvlm_cpu::CpuBackend;
+use cogvlm_cuda::CudaBackend;
+use cogvlm_device::AnyBackend;
+use cogvlm_pipeline::{Engine, Event, Image, Request, load_plan};
+use cogvlm_plan::plan;
+use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates, Residency};
+
+fn request_for(source: &ModelSource, budgets: &[(Device, u64)], policy: Policy) -> PlanRequest {
+    let budgets = budgets.iter().map(|&(device, mib)| DeviceBudget { device, bytes: mib * MIB }).collect();
+    PlanRequest {
+        model: "small@12".to_owned(),
+        spec: source.spec().clone(),
+        weight_dtype: DType::Bf16,
+        activation_dtype: DType::Bf16,
+        budgets,
+        policy,
+        limits: StepLimits::new(256, 4),
+        reserve_bytes: 0,
+        rates: Rates::default(),
+    }
+}
+
+fn engine(source: &ModelSource, plan: &Plan) -> Engine<AnyBackend> {
+    let num_gpus = cogvlm_cuda::usable_devices().unwrap_or_else(|error| panic!("{error}")).len() as u32;
+    let threads = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("threads can be started"));
+    let make = |planned: &DevicePlan| {
+        let capacity = planned.used_bytes() - planned.reserved_bytes;
+        Ok(match planned.device {
+            Device::Gpu(ordinal) => {
+                AnyBackend::Cuda(CudaBackend::new(planned.device, ordinal % num_gpus, capacity, DType::Bf16)?)
+            }
+            _ => AnyBackend::Cpu(CpuBackend::new(planned.device, capacity, DType::Bf16, Arc::clone(&threads))?),
+        })
+    };
+    let ranks = load_plan(plan, source.spec(), source, RopeMode::Float32, &make, &|_, _| ());
+    Engine::new(source.spec().clone(), plan.limits, ranks.unwrap_or_else(|error| panic!("{error}")))
+}
+
+fn requests(source: &ModelSource, want_logits: bool) -> Vec<Request> {
+    let size = source.spec().vision.image_size;
+    let image = |seed: usize| Image {
+        pixels: (0..3 * size * size).map(|index| ((index * 37 + seed) % 101) as f32 / 50.0 - 1.0).collect(),
+    };
+    let cases =
+        [(5, Some(image(1)), 9), (40, None, 14), (0, Some(image(2)), 6), (17, None, 20), (3, Some(image(3)), 5)];
+    let request = |(num_text, image, max_new_tokens): (u32, Option<Image>, usize)| Request {
+        layout: TokenLayout::new(
+            source.spec(),
+            image.is_some(),
+            &(0..num_text).map(|index| index * 97 + 5).collect::<Vec<_>>(),
+        ),
+        image,
+        params: SamplingParams::default(),
+        max_new_tokens,
+        ignore_eos: true,
+        forced: None,
+        want_logits,
+        capture: false,
+        prefix: None,
+        keep_cache: false,
+    };
+    cases.map(request).into()
+}
+
+/// Tokens of every request, and all logits.
+fn answers(engine: &mut Engine<AnyBackend>, requests: Vec<Request>) -> (Vec<Vec<u32>>, Vec<Vec<f32>>) {
+    let order: Vec<_> = requests.into_iter().map(|request| engine.submit(request).unwrap()).collect();
+    let (mut tokens, mut all_logits) = (vec![Vec::new(); order.len()], vec![Vec::new(); order.len()]);
+    while let Some(report) = engine.step().unwrap_or_else(|error| panic!("{error}")) {
+        for event in report.events {
+            if let Event::Token { request, id, logits } = event {
+                let index = order.iter().position(|known| *known == request).unwrap();
+                tokens[index].push(id);
+                all_logits[index].extend(logits.unwrap_or_default());
+            }
+        }
+    }
+    (tokens, all_logits)
+}
+
+type Case = (&'static str, Weights, &'static [(Device, u64)], Policy);
+
+/// Where the weights of a case come from.
+#[derive(Clone, Copy)]
+enum Weights {
+    Made,
+    Files,
+}
+
+/// Budgets in MiB.
+const CASES: &[Case] = {
+    use Device::{Cpu, Disk, Gpu};
+    use Weights::{Files, Made};
+    &[
+        ("one GPU", Made, &[(Gpu(0), 400)], Policy::Auto),
+        ("one GPU, from files", Files, &[(Gpu(0), 400)], Policy::Auto),
+        ("two GPUs", Made, &[(Gpu(0), 110), (Gpu(1), 110)], Policy::Balanced),
+        ("three GPUs", Files, &[(Gpu(0), 90), (Gpu(1), 90), (Gpu(2), 90)], Policy::Throughput),
+        ("hot on one, cold on the other", Made, &[(Gpu(0), 75), (Gpu(1), 110)], Policy::Latency),
+        ("one GPU and host memory", Made, &[(Gpu(0), 100), (Cpu, 200)], Policy::Latency),
+        ("one GPU and host memory, from files", Files, &[(Gpu(0), 100), (Cpu, 200)], Policy::Latency),
+        ("two GPUs and host memory", Files, &[(Gpu(0), 50), (Gpu(1), 60), (Cpu, 200)], Policy::Throughput),
+        ("one GPU and the file", Files, &[(Gpu(0), 100), (Disk, 0)], Policy::Latency),
+    ]
+};
+
+#[test]
+fn weights_rest_everywhere_and_gpus_compute() {
+    let made = ModelSource::open("small@12").unwrap();
+    let (mut at_peers, mut in_host_memory, mut in_files) = (false, false, false);
+    for (name, _, budgets, policy) in CASES {
+        let plan = plan(&request_for(&made, budgets, *policy)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        for placement in plan.placements.iter().filter(|placement| placement.tensor.unit != Unit::Embedding) {
+            at_peers |= matches!(placement.residency, Residency::Peer(_));
+            in_host_memory |= placement.residency == Residency::Host;
+            in_files |= placement.residency == Residency::File;
+        }
+        assert!(plan.stages.iter().all(|stage| stage.device != Device::Cpu), "{name}: the host computes otherwise");
+        let num_ranks = budgets.iter().filter(|(device, _)| matches!(device, Device::Gpu(_))).count();
+        if !name.contains("cold") {
+            assert_eq!(plan.devices.iter().filter(|planned| plan.uses(planned.device)).count(), num_ranks, "{name}");
+        }
+    }
+    assert!(at_peers && in_host_memory && in_files, "{at_peers} {in_host_memory} {in_files}");
+}
+
+#[test]
+#[ignore = "needs a GPU; more than one says more; run with `--ignored` where there are some"]
+fn logits_do_not_depend_on_the_plan() {
+    let made = ModelSource::open("small@12").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    write_checkpoint(&SyntheticModel::parse("small@12").unwrap(), directory.path(), 40 << 20, &Monitor::silent())
+        .unwrap();
+    let files = ModelSource::open(directory.path().to_str().unwrap()).unwrap();
+    let mut expected = None;
+    for (name, weights, budgets, policy) in CASES {
+        let source = if matches!(weights, Weights::Made) { &made } else { &files };
+        let plan = plan(&request_for(source, budgets, *policy)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let mut engine = engine(source, &plan);
+        // With logits, step by step; then as fast as it goes, twice.
+        let first = answers(&mut engine, requests(source, true));
+        let (tokens, logits) = expected.get_or_insert_with(|| first.clone());
+        assert!(first.1 == *logits, "{name}: other logits, {:?} in place of {tokens:?}", first.0);
+        for turn in 0..2 {
+            assert_eq!(answers(&mut engine, requests(source, false)).0, *tokens, "{name}, turn {turn}");
+        }
+    }
+}

@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 
 use cogvlm_backend::shape::{expect, unsupported};
 use cogvlm_backend::{BackendError, HostWeight};
@@ -155,6 +157,8 @@ pub(crate) struct Loader {
     gpu: Arc<Gpu>,
     /// Those that nobody uses now; allocated when they are needed first.
     lanes: Mutex<Vec<Lane>>,
+    /// Started when a weight is streamed first.
+    stagers: OnceLock<Stagers>,
     /// Mappings that copies of this device may be under way from, by address.
     registered: Mutex<HashMap<usize, Arc<Registered>>>,
 }
@@ -166,9 +170,9 @@ struct Lane {
 }
 
 /// A copy in pieces that several threads take turns at.
-struct Pieces<'a> {
-    gpu: &'a Gpu,
-    weight: &'a HostWeight,
+struct Pieces {
+    gpu: Arc<Gpu>,
+    weight: HostWeight,
     range: Range<usize>,
     to: CUdeviceptr,
     queue: Queue,
@@ -176,12 +180,79 @@ struct Pieces<'a> {
     next: AtomicUsize,
 }
 
+/// Threads that copy streamed weights into pinned memory, each through a lane of its own.
+struct Stagers {
+    inboxes: Vec<Sender<StagingJob>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct StagingJob {
+    pieces: Arc<Pieces>,
+    done: Sender<Result<(), BackendError>>,
+}
+
+impl Stagers {
+    /// Up to `num_threads`, as far as there are threads and pinned memory for them.
+    fn start(gpu: &Arc<Gpu>, num_threads: usize) -> Self {
+        let mut stagers = Self { inboxes: Vec::new(), threads: Vec::new() };
+        for _ in 0..num_threads {
+            let mut lane = match Lane::new(gpu) {
+                Ok(lane) => lane,
+                Err(error) => {
+                    tracing::warn!(%error, threads = stagers.threads.len(), "less pinned memory to stream through");
+                    break;
+                }
+            };
+            let (inbox, jobs) = mpsc::channel::<StagingJob>();
+            let work = move || {
+                for StagingJob { pieces, done } in jobs {
+                    // Who asked is gone only after a failure that it has told.
+                    drop(done.send(lane.run(&pieces)));
+                }
+            };
+            let Ok(thread) = std::thread::Builder::new().name("staging".to_owned()).spawn(work) else { break };
+            stagers.inboxes.push(inbox);
+            stagers.threads.push(thread);
+        }
+        stagers
+    }
+
+    /// Copies all pieces; `None` without any thread.
+    fn run(&self, pieces: Pieces) -> Option<Result<(), BackendError>> {
+        let gpu = Arc::clone(&pieces.gpu);
+        let num_pieces = pieces.range.len().div_ceil(PIECE_BYTES);
+        let (pieces, (done, outcomes)) = (Arc::new(pieces), mpsc::channel());
+        let inboxes = &self.inboxes[..self.inboxes.len().min(num_pieces)];
+        for inbox in inboxes {
+            // A thread that has died leaves its pieces to the others, and is missed below.
+            drop(inbox.send(StagingJob { pieces: Arc::clone(&pieces), done: done.clone() }));
+        }
+        drop(done);
+        let died = || gpu.error("a thread that streams weights ended early");
+        let result = |_| outcomes.recv().unwrap_or_else(|_| Err(died()));
+        // All of them are waited for: pieces may be under way until the last one is done.
+        let results: Vec<Result<(), BackendError>> = (0..inboxes.len()).map(result).collect();
+        (!results.is_empty()).then(|| results.into_iter().collect())
+    }
+}
+
+impl Drop for Stagers {
+    fn drop(&mut self) {
+        self.inboxes.clear();
+        for thread in self.threads.drain(..) {
+            // Whether it panicked was told to those who waited for it.
+            drop(thread.join());
+        }
+    }
+}
+
 impl Loader {
     pub(crate) fn new(gpu: &Arc<Gpu>, path: LoadPath) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let (has_cores, stream_lanes) = (cores >= STAGING_CORES, cores.clamp(2, STREAM_LANES));
         let gpu = Arc::clone(gpu);
-        Self { path, has_cores, stream_lanes, gpu, lanes: Mutex::default(), registered: Mutex::default() }
+        let (lanes, stagers, registered) = (Mutex::default(), OnceLock::new(), Mutex::default());
+        Self { path, has_cores, stream_lanes, gpu, lanes, stagers, registered }
     }
 
     /// Copies bytes `range` of `weight`, as they are stored, to `to`, in the order of `queue`. When this returns, also
@@ -193,6 +264,9 @@ impl Loader {
         &self, weight: &HostWeight, range: Range<usize>, to: CUdeviceptr, queue: Queue,
     ) -> Result<(), BackendError> {
         self.gpu.bind()?;
+        if queue == Queue::Copy {
+            registered::note_stream();
+        }
         if range.is_empty() || self.copy_registered(weight, &range, to, queue)? {
             return Ok(());
         }
@@ -255,55 +329,30 @@ impl Loader {
         Some(registered)
     }
 
-    /// Copies through pinned slots.
+    /// Copies through pinned slots: loads on the thread that asks, of which there are several, and what is streamed by
+    /// threads of its own.
     fn copy_staged(
         &self, weight: &HostWeight, range: Range<usize>, to: CUdeviceptr, queue: Queue,
     ) -> Result<(), BackendError> {
-        let num_lanes = match queue {
-            Queue::Compute => 1,
-            Queue::Copy => range.len().div_ceil(PIECE_BYTES).min(self.stream_lanes),
-        };
-        let mut lanes = self.take_lanes(num_lanes);
-        let pieces = &Pieces { gpu: &self.gpu, weight, range: range.clone(), to, queue, next: AtomicUsize::new(0) };
-        let Some((own, others)) = lanes.split_first_mut() else {
-            return self.copy_pageable(weight, range, to, queue);
-        };
-        let result = std::thread::scope(|scope| {
-            let mut threads = Vec::new();
-            for lane in others {
-                let builder = std::thread::Builder::new().name("staging".to_owned());
-                // A thread that cannot be started leaves its pieces to the others.
-                threads.extend(builder.spawn_scoped(scope, || lane.run(pieces)).ok());
-            }
-            let result = own.run(pieces);
-            threads.into_iter().fold(result, |result, thread| {
-                let other = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                result.and(other)
-            })
-        });
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).append(&mut lanes);
-        result
-    }
-
-    /// As many lanes as there is pinned memory for, up to `num_lanes`.
-    fn take_lanes(&self, num_lanes: usize) -> Vec<Lane> {
-        let mut taken = {
-            let mut free = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-            let first = free.len().saturating_sub(num_lanes);
-            free.split_off(first)
-        };
-        while taken.len() < num_lanes {
-            match Lane::new(&self.gpu) {
-                Ok(lane) => taken.push(lane),
-                Err(error) => {
-                    if taken.is_empty() {
-                        tracing::warn!(%error, "no pinned memory: copying weights from ordinary memory");
-                    }
-                    break;
-                }
-            }
+        let (gpu, weight, next) = (Arc::clone(&self.gpu), HostWeight::clone(weight), AtomicUsize::new(0));
+        let pieces = Pieces { gpu, weight, range, to, queue, next };
+        if queue == Queue::Copy {
+            let stagers = self.stagers.get_or_init(|| Stagers::start(&self.gpu, self.stream_lanes));
+            let (weight, range) = (HostWeight::clone(&pieces.weight), pieces.range.clone());
+            let outcome = stagers.run(pieces);
+            return outcome.unwrap_or_else(|| self.copy_pageable(&weight, range, to, queue));
         }
-        taken
+        let free = self.lanes.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut lane = match free.map_or_else(|| Lane::new(&self.gpu), Ok) {
+            Ok(lane) => lane,
+            Err(error) => {
+                tracing::warn!(%error, "no pinned memory: copying weights from ordinary memory");
+                return self.copy_pageable(&pieces.weight, pieces.range, to, queue);
+            }
+        };
+        let result = lane.run(&pieces);
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(lane);
+        result
     }
 
     /// Copies from ordinary memory, which the driver copies once more: the last resort.
@@ -349,7 +398,7 @@ impl Lane {
     }
 
     /// Copies pieces until none is left.
-    fn run(&mut self, pieces: &Pieces<'_>) -> Result<(), BackendError> {
+    fn run(&mut self, pieces: &Pieces) -> Result<(), BackendError> {
         let result = self.run_all(pieces);
         if result.is_err() {
             // The others need not go on.
@@ -358,7 +407,7 @@ impl Lane {
         result
     }
 
-    fn run_all(&mut self, pieces: &Pieces<'_>) -> Result<(), BackendError> {
+    fn run_all(&mut self, pieces: &Pieces) -> Result<(), BackendError> {
         let Pieces { gpu, weight, range, to, queue, next } = pieces;
         gpu.bind()?;
         loop {

@@ -1,93 +1,19 @@
 //! One backend gives the same bits whatever the plan: one rank, several, weights resident, streamed or on a peer.
 
+mod common;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use cogvlm_backend::{HostReadError, HostTensor, HostWeight, RopeMode, SamplingParams};
+use cogvlm_backend::{HostReadError, HostTensor, HostWeight};
 use cogvlm_checkpoint::ModelSource;
-use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::workspace::StepLimits;
-use cogvlm_core::{DType, Device, ModelSpec, TensorSpec};
-use cogvlm_cpu::CpuBackend;
-use cogvlm_pipeline::{Engine, Event, FinishReason, Image, Request, RequestId, WeightSource, load_plan};
-use cogvlm_plan::plan;
-use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates, Residency, STAGING_SLOTS};
+use cogvlm_core::{DType, Device, TensorSpec};
+use cogvlm_pipeline::{Event, FinishReason, Image, Request, WeightSource};
+use cogvlm_plan::plan::{Policy, Residency, STAGING_SLOTS};
 
-const MIB: u64 = 1 << 20;
-
-fn source() -> ModelSource {
-    ModelSource::open("tiny@11").unwrap()
-}
-
-fn plan_for(
-    source: &ModelSource, budgets: &[(Device, u64)], policy: Policy, limits: StepLimits, activations: DType,
-) -> Plan {
-    let budgets = budgets.iter().map(|&(device, bytes)| DeviceBudget { device, bytes }).collect();
-    plan(&PlanRequest {
-        model: "tiny@11".to_owned(),
-        spec: source.spec().clone(),
-        weight_dtype: DType::Bf16,
-        activation_dtype: activations,
-        budgets,
-        policy,
-        limits,
-        reserve_bytes: 0,
-        rates: Rates::default(),
-    })
-    .unwrap_or_else(|error| panic!("{error}"))
-}
-
-fn engine(source: &ModelSource, plan: &Plan, activations: DType, num_threads: usize) -> Engine<CpuBackend> {
-    engine_of(source, source.spec(), plan, activations, num_threads)
-}
-
-fn engine_of(
-    source: &dyn WeightSource, spec: &ModelSpec, plan: &Plan, activations: DType, num_threads: usize,
-) -> Engine<CpuBackend> {
-    let threads = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(num_threads).build().unwrap());
-    let make = |device: &DevicePlan| {
-        let capacity = device.used_bytes() - device.reserved_bytes;
-        CpuBackend::new(device.device, capacity, activations, Arc::clone(&threads))
-    };
-    let ranks = load_plan(plan, spec, source, RopeMode::Float32, &make, &|_, _| ()).unwrap();
-    Engine::new(spec.clone(), plan.limits, ranks)
-}
-
-fn image(source: &ModelSource, seed: usize) -> Image {
-    let size = source.spec().vision.image_size;
-    Image { pixels: (0..3 * size * size).map(|index| ((index * 37 + seed) % 101) as f32 / 50.0 - 1.0).collect() }
-}
-
-fn request(source: &ModelSource, text: &[u32], image: Option<Image>, num_new: usize) -> Request {
-    Request {
-        layout: TokenLayout::new(source.spec(), image.is_some(), text),
-        image,
-        params: SamplingParams::default(),
-        max_new_tokens: num_new,
-        ignore_eos: true,
-        forced: None,
-        want_logits: true,
-        capture: false,
-        prefix: None,
-        keep_cache: false,
-    }
-}
-
-/// Tokens and logits of every request, in order of submission.
-fn answers(engine: &mut Engine<CpuBackend>, requests: Vec<Request>) -> Vec<Vec<(u32, Vec<f32>)>> {
-    let order: Vec<RequestId> = requests.into_iter().map(|request| engine.submit(request).unwrap()).collect();
-    let mut answers = vec![Vec::new(); order.len()];
-    while let Some(report) = engine.step().unwrap() {
-        for event in report.events {
-            if let Event::Token { request, id, logits } = event {
-                let index = order.iter().position(|known| *known == request).unwrap();
-                answers[index].push((id, logits.unwrap()));
-            }
-        }
-    }
-    answers
-}
+use common::{MIB, answers, engine, engine_of, image, plan_for, request, source};
 
 fn three_requests(source: &ModelSource) -> Vec<Request> {
     vec![

@@ -91,8 +91,14 @@ impl From<gpu::Ceilings> for Ceilings {
 
 #[cfg(test)]
 pub(super) fn example() -> Ceilings {
-    let measured =
-        gpu::Ceilings { copy_bytes_per_s: 3e12, gemm_flops_per_s: 600e12, gemm_by: "cuBLASLt", link_bytes_per_s: 50e9 };
+    let measured = gpu::Ceilings {
+        copy_bytes_per_s: 3e12,
+        gemm_flops_per_s: 600e12,
+        gemm_by: "cuBLASLt",
+        link_bytes_per_s: 50e9,
+        to_host_bytes_per_s: 40e9,
+        host_hop_s: 2e-5,
+    };
     measured.into()
 }
 

@@ -5,7 +5,8 @@ use std::sync::LazyLock;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, ModelConfig};
 use cogvlm_plan::accelerate::TreeFile;
-use cogvlm_plan::plan::{DeviceBudget, Plan, PlanRequest, Policy, Rates};
+use cogvlm_plan::links::Links;
+use cogvlm_plan::plan::{DeviceBudget, Plan, PlanRequest, Policy};
 use cogvlm_plan::requests::{RequestError, TreeCache, answer_line};
 
 static TINY: LazyLock<PlanRequest> = LazyLock::new(|| {
@@ -19,7 +20,7 @@ static TINY: LazyLock<PlanRequest> = LazyLock::new(|| {
         policy: Policy::Auto,
         limits: StepLimits::new(256, 2),
         reserve_bytes: 0,
-        rates: Rates::default(),
+        links: Links::default(),
     }
 });
 

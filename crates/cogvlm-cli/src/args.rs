@@ -57,6 +57,10 @@ pub(crate) struct PlacementArgs {
     /// Sequences that memory is planned for [default: 1].
     #[arg(long, value_name = "N")]
     pub(crate) batch: Option<usize>,
+    /// Rates of the machine, as `doctor --json` writes them: what predicted times rest on, and what goes where [default:
+    /// those recorded of a GPU of this name, else those of 24 GB cards in a desktop].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) links: Option<PathBuf>,
 }
 
 /// Placement policies.
@@ -117,9 +121,6 @@ pub(crate) struct PlanArgs {
     /// Answer JSON requests, one per line on stdin, one answer per line on stdout.
     #[arg(long)]
     pub(crate) requests: bool,
-    /// Assume these rates of the machine, a JSON file.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) links: Option<PathBuf>,
     /// Print the plan as JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -401,7 +402,7 @@ pub(crate) struct DoctorArgs {
     /// The backend that has to work.
     #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
     pub(crate) backend: BackendArg,
-    /// Print JSON, with the rates that `plan --links` reads.
+    /// Print JSON, with the rates that `--links` reads.
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -2,15 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::path::Path;
 
 use cogvlm_core::Device;
 use cogvlm_core::memory::{MIB, format_bytes};
 use cogvlm_cuda::{Context, CudaError};
+use cogvlm_plan::links::Links;
 use cogvlm_plan::plan::{DeviceBudget, Plan, PlanRequest, Policy, Residency};
 use cogvlm_plan::{parse_max_memory, plan};
 
 use crate::args::{BackendArg, PlacementArgs};
 use crate::error::{CliError, CliResult};
+use crate::prompt::read_text;
 
 /// What a GPU needs beside the context, which is open when its free memory is looked at, and the arena: scratch memory,
 /// kernels, recordings. A part of the plan's reserve.
@@ -44,6 +47,19 @@ impl Machine {
     /// Whether numbered devices are GPUs.
     pub(crate) fn on_gpus(&self) -> bool {
         matches!(self, Self::Gpus(_))
+    }
+
+    /// Rates of this machine: those of `--links`, else what is recorded of GPUs of these names, else assumed ones.
+    pub(crate) fn links(&self, placement: &PlacementArgs) -> CliResult<Links> {
+        let links = placement.links.as_deref().map_or_else(|| Ok(Links::default()), read_links)?;
+        Ok(match self {
+            Self::Host => links.with_virtual_ranks(),
+            // Asking for names opens no GPU. Without a driver the plan is for another machine.
+            Self::Gpus(_) => {
+                let found = cogvlm_cuda::devices().into_iter().flatten();
+                found.fold(links, |links, gpu| links.with_card_name(gpu.ordinal, &gpu.name))
+            }
+        })
     }
 
     /// The budgets of `--max-memory`, or what is free now.
@@ -126,6 +142,15 @@ fn opened(open: &mut BTreeMap<u32, Context>, ordinal: u32) -> Result<&Context, C
     })
 }
 
+/// Rates, alone or in what `doctor --json` writes.
+fn read_links(path: &Path) -> CliResult<Links> {
+    let text = read_text(path)?;
+    Links::from_json(&text).map_err(|error| {
+        CliError::new(format!("`{}`: {error}", path.display()))
+            .hint(format!("`cogvlm-shard doctor --json > {}` measures this machine", path.display()))
+    })
+}
+
 /// Whether `--max-memory` leaves the budgets to the machine.
 pub(crate) fn is_automatic(placement: &PlacementArgs) -> bool {
     placement.max_memory.as_deref().is_none_or(|text| text == "auto")
@@ -187,7 +212,7 @@ mod tests {
         let placement = PlacementArgs { batch: Some(batch), ..PlacementArgs::default() };
         let model = planned_model("cogvlm-chat-17b").unwrap();
         let budgets = budgets.chain([host]).collect();
-        let request = request_for(model, &placement, DType::Bf16, true, budgets).unwrap();
+        let request = request_for(model, &placement, DType::Bf16, true, budgets, Links::default()).unwrap();
         let plan = plan(&on_one_gpu(PlanRequest { policy, ..request })).unwrap();
         plan.devices.iter().map(|planned| planned.device).filter(|device| plan.uses(*device)).collect()
     }

@@ -15,8 +15,9 @@ use cogvlm_cuda::CudaBackend;
 use cogvlm_device::AnyBackend;
 use cogvlm_pipeline::{Engine, LoadError, load_plan};
 use cogvlm_plan::accelerate::ModuleTree;
+use cogvlm_plan::links::Links;
 use cogvlm_plan::plan::{
-    CUDA_RESERVE_BYTES, DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates, VIRTUAL_RANK_RESERVE_BYTES,
+    CUDA_RESERVE_BYTES, DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, VIRTUAL_RANK_RESERVE_BYTES,
 };
 use cogvlm_plan::{PlanError, plan};
 use serde::Deserialize;
@@ -33,6 +34,8 @@ use crate::prompt::read_text;
 pub(crate) struct Session {
     pub(crate) engine: Engine<AnyBackend>,
     pub(crate) plan: Plan,
+    /// Rates that it was made with.
+    pub(crate) links: Links,
     /// Whether numbered devices are GPUs.
     pub(crate) on_gpus: bool,
     pub(crate) source: ModelSource,
@@ -110,7 +113,7 @@ impl Session {
         let ranks = load_plan(&plan, &spec, &source, rope_mode, &make_backend, &progress);
         bar.finish_and_clear();
         let engine = Engine::new(spec, plan.limits, ranks.map_err(load_error)?);
-        Ok(Self { engine, plan, on_gpus, source, load_time: start.elapsed(), num_threads })
+        Ok(Self { engine, plan, links: request.links, on_gpus, source, load_time: start.elapsed(), num_threads })
     }
 
     /// The most that each device has held, as a JSON object.
@@ -196,7 +199,8 @@ fn plan_request(args: &ModelArgs, source: &ModelSource, machine: &mut Machine) -
     };
     if args.device_map.is_some() && is_automatic(&args.placement) {
         // The map says which devices it means.
-        return request_for(model, &args.placement, DType::from(args.dtype), machine.on_gpus(), Vec::new());
+        let (dtype, links) = (DType::from(args.dtype), machine.links(&args.placement)?);
+        return request_for(model, &args.placement, dtype, machine.on_gpus(), Vec::new(), links);
     }
     placed_request(model, &args.placement, DType::from(args.dtype), machine)
 }
@@ -205,14 +209,17 @@ fn plan_request(args: &ModelArgs, source: &ModelSource, machine: &mut Machine) -
 pub(crate) fn placed_request(
     model: PlannedModel, placement: &PlacementArgs, activation_dtype: DType, machine: &mut Machine,
 ) -> CliResult<PlanRequest> {
+    // A file that does not hold is refused before any GPU is opened.
+    let links = machine.links(placement)?;
     let budgets = machine.budgets(placement)?;
-    let request = request_for(model, placement, activation_dtype, machine.on_gpus(), budgets)?;
+    let request = request_for(model, placement, activation_dtype, machine.on_gpus(), budgets, links)?;
     Ok(if is_automatic(placement) { on_one_gpu(request) } else { request })
 }
 
 /// What the flags ask the planner for: on GPUs, which have a context each, or on virtual ranks.
 pub(crate) fn request_for(
     model: PlannedModel, placement: &PlacementArgs, activation_dtype: DType, on_gpus: bool, budgets: Vec<DeviceBudget>,
+    links: Links,
 ) -> CliResult<PlanRequest> {
     let PlannedModel { name, spec, weight_dtype } = model;
     let reserve_bytes = if on_gpus { CUDA_RESERVE_BYTES } else { VIRTUAL_RANK_RESERVE_BYTES };
@@ -232,7 +239,7 @@ pub(crate) fn request_for(
         policy: placement.policy.into(),
         limits: StepLimits::new(context_len, placement.batch.unwrap_or(1)),
         reserve_bytes,
-        rates: Rates::default(),
+        links,
     })
 }
 

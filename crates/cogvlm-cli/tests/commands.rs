@@ -333,7 +333,7 @@ fn an_interrupted_synth_leaves_nothing() {
 #[test]
 fn doctor_describes_the_machine_and_gives_rates_to_plan() {
     let report = cogvlm_json(&["doctor", "--json"]);
-    assert_eq!(report["schema"], "cogvlm-shard.doctor/1");
+    assert_eq!(report["schema"], "cogvlm-shard.doctor/2");
     let host = &report["host"];
     for key in ["threads", "memory_bytes", "available_bytes"] {
         assert!(host[key].as_u64().unwrap() > 0, "{key}");
@@ -346,6 +346,14 @@ fn doctor_describes_the_machine_and_gives_rates_to_plan() {
     let dir = TempDir::new().unwrap();
     let file = write_json(dir.path(), "machine.json", &report);
     let plan = cogvlm_json(&["plan", "--json", "--max-memory", "cpu:48GiB", "--links", arg(&file)]);
+    let links = &report["links"];
+    assert_eq!(
+        (&links["schema"], &links["devices"], &links["pairs"]),
+        (&json!("cogvlm-shard.links/1"), &json!({}), &json!([]))
+    );
+    assert_eq!(links["host"]["read_bytes_per_s"], host["read_bytes_per_s"]);
+    let machine = links["measured_on"]["machine"].as_str().unwrap();
+    assert_eq!(plan["predicted_with"], format!("measured on {machine} (`cpu`)"));
     // Decoding on the host reads the hot weights once per token, at the rate measured.
     let least = 13.2e9 / host["read_bytes_per_s"].as_f64().unwrap();
     assert!(plan["predicted_seconds_per_token"].as_f64().unwrap() >= least);
@@ -409,6 +417,12 @@ fn bench_measures_every_part() {
         "/decode/1/prefill_ms",
         "/predicted/decode_ms",
         "/predicted/image_ms",
+        "/predicted/prefill_ms",
+        "/predicted/decode/1/ms_per_step",
+        "/predicted/decode/1/tokens_per_s",
+        "/predicted_by_measured_rates/decode_ms",
+        "/predicted_by_measured_rates/image_ms",
+        "/predicted_by_measured_rates/decode/1/ms_per_step",
         "/ceiling/read_bytes_per_s",
         "/ceiling/flops_per_s",
         "/memory/cpu/planned_bytes",
@@ -420,6 +434,8 @@ fn bench_measures_every_part() {
     }
     assert!(number("/load/to_first_token_ms") > number("/load/ms"));
     assert!(number("/predicted/decode_deviation_percent") > -100.0);
+    assert_eq!(report["predicted"]["rates"], "assumed of a desktop host (`cpu`)");
+    assert_eq!(report["predicted_by_measured_rates"]["rates"], "measured in this run");
     // One sequence comes first; weights are used where they are mapped.
     let sequences: Vec<_> = report["decode"].as_array().unwrap().iter().map(|decode| &decode["sequences"]).collect();
     assert_eq!((sequences, number("/decode/0/speedup")), (vec![&json!(1), &json!(2)], 1.0));

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Functions that do more than return success. The name, the parameters, the body.
-const BODIES: [(&str, &str, &str); 12] = [
+const BODIES: [(&str, &str, &str); 18] = [
     ("cuInit", "unsigned flags", "return number(\"FAKE_INIT\", 0);"),
     ("cuDriverGetVersion", "int *version", "*version = number(\"FAKE_VERSION\", 13000); return 0;"),
     ("cuDeviceGetCount", "int *count", "*count = number(\"FAKE_COUNT\", 2); return 0;"),
@@ -22,14 +22,25 @@ const BODIES: [(&str, &str, &str); 12] = [
     (
         "cuDevicePrimaryCtxRetain",
         "void **context, int device",
-        "*context = (void *)1; return number(\"FAKE_RETAIN\", 0);",
+        "*context = (void *)(long)(1 + device); return device == number(\"FAKE_SOUND\", -1) ? 0 : number(\"FAKE_RETAIN\", 0);",
     ),
     (
         "cuMemGetInfo_v2",
         "size_t *free, size_t *total",
         "*free = number(\"FAKE_FREE\", 79L << 30); *total = number(\"FAKE_TOTAL\", 80L << 30); return 0;",
     ),
-    ("cuMemAlloc_v2", "unsigned long long *address, size_t bytes", "*address = 0; return number(\"FAKE_ALLOC\", 2);"),
+    // Memory that nobody touches: copies and kernels do nothing, and take a millisecond.
+    (
+        "cuMemAlloc_v2",
+        "unsigned long long *address, size_t bytes",
+        "long code = number(\"FAKE_ALLOC\", 2); *address = code ? 0 : (unsigned long long)malloc(bytes); return code;",
+    ),
+    ("cuMemFree_v2", "unsigned long long address", "free((void *)address); return 0;"),
+    ("cuMemHostAlloc", "void **address, size_t bytes", "*address = malloc(bytes); return *address ? 0 : 2;"),
+    ("cuMemFreeHost", "void *address", "free(address); return 0;"),
+    ("cuEventElapsedTime", "float *ms", "*ms = number(\"FAKE_US\", 1000) / 1000.0f; return 0;"),
+    ("cuDeviceCanAccessPeer", "int *can", "*can = number(\"FAKE_PEERS\", 1); return 0;"),
+    ("cuModuleGetFunction", "void **function", "*function = (void *)1; return 0;"),
     ("cuGetErrorString", "int code, const char **text", "*text = \"says the fake driver\"; return 0;"),
     ("cuDeviceGetUuid", "char *uuid, int device", "return 1;"),
 ];
@@ -187,13 +198,87 @@ fn doctor_lists_gpus() {
         "ordinal": 1, "name": "Fake GPU", "compute_capability": "8.0", "num_multiprocessors": 0,
         "memory_bytes": 80_u64 << 30, "free_bytes": 79_u64 << 30,
     });
-    assert_eq!(gpus[1], expected);
+    let [found, failure] = [&gpus[1], &gpus[1]["not_measured"]];
+    let mut found = found.clone();
+    found.as_object_mut().unwrap().remove("not_measured");
+    assert_eq!(found, expected);
+    // Its driver gives no memory, so there is nothing to measure with; that is said, and is no error.
+    assert!(failure.as_str().unwrap().contains("GPU 1 (Fake GPU)"), "{failure}");
 
     let (cuda, outcome) = doctor(&[("FAKE_RETAIN", "46")]);
     let line = assert_refusal(&outcome, 1, "doctor");
     assert!(line.contains("GPU 0 (Fake GPU)") && outcome.stderr.contains("hint: "), "{}", outcome.stderr);
     assert_eq!((&cuda["usable"], &cuda["devices"][0]["free_bytes"]), (&json!(false), &Value::Null));
     assert!(cuda["devices"][1]["reason"].as_str().unwrap().contains("46"), "{cuda}");
+}
+
+/// Every GPU that can be opened is measured, and every pair of them; what cannot be is left out, and said.
+#[test]
+fn doctor_measures_gpus_and_the_ways_between_them() {
+    if !cogvlm_cuda::is_built_in() {
+        return;
+    }
+    let driver = driver_without("");
+    let doctor = |variables: &[(&str, &str)], flags: &[&str]| {
+        let variables = [&[("FAKE_ALLOC", "0")], variables].concat();
+        let outcome = run(driver.path(), &variables, &[&["doctor"], flags].concat());
+        assert_eq!(outcome.code, 0, "{}", outcome.stderr);
+        outcome.stdout
+    };
+    let report: Value = serde_json::from_str(&doctor(&[], &["--json"])).unwrap();
+    let links = &report["links"];
+    assert_eq!(links["measured_on"]["cuda"], "13.0");
+    for ordinal in ["0", "1"] {
+        let gpu = &links["devices"][ordinal];
+        assert_eq!(gpu["name"], "Fake GPU");
+        // What is copied and multiplied in a millisecond: 1 GiB read and written, 256 MiB, 2 x 8192^3.
+        for (rate, expected) in [
+            ("copy_bytes_per_s", 2.0 * f64::from(1 << 30) * 1e3),
+            ("from_host_bytes_per_s", f64::from(256 << 20) * 1e3),
+            ("to_host_bytes_per_s", f64::from(256 << 20) * 1e3),
+            ("product_flops_per_s", 2.0 * 8192.0_f64.powi(3) * 1e3),
+        ] {
+            let found = gpu[rate].as_f64().unwrap();
+            assert!((found / expected - 1.0).abs() < 1e-6, "{rate}: {found} for {expected}");
+        }
+        assert!(gpu["host_hop_s"].as_f64().unwrap() < 0.1);
+    }
+    let ways: Vec<_> = links["pairs"].as_array().unwrap().iter().map(|way| [&way["from"], &way["to"]]).collect();
+    assert_eq!(ways, [[&json!(0), &json!(1)], [&json!(1), &json!(0)]]);
+    assert!(links["pairs"].as_array().unwrap().iter().all(|way| way["peer_access"] == true), "{links}");
+    assert!((links["pairs"][0]["bytes_per_s"].as_f64().unwrap() / (f64::from(256 << 20) * 1e3) - 1.0).abs() < 1e-6);
+
+    // A plan takes them as they are written.
+    let dir = TempDir::new().unwrap();
+    let file = write_json(dir.path(), "links.json", &report);
+    let flags = ["plan", "--json", "--max-memory", "0:20GiB,1:20GiB", "--batch", "2", "--links", arg(&file)];
+    let plan: Value = serde_json::from_str(&run(driver.path(), &[], &flags).stdout).unwrap();
+    assert_eq!(plan["notices"], json!([]));
+    assert!(plan["predicted_with"].as_str().unwrap().ends_with("(`0`, `1`)"), "{}", plan["predicted_with"]);
+
+    // GPU 0 in the hands of another process, and no way between GPUs but through the host.
+    let report: Value =
+        serde_json::from_str(&doctor(&[("FAKE_RETAIN", "46"), ("FAKE_SOUND", "1")], &["--json"])).unwrap();
+    let devices = report["links"]["devices"].as_object().unwrap();
+    assert_eq!(
+        (devices.keys().map(String::as_str).collect::<Vec<_>>(), &report["links"]["pairs"]),
+        (vec!["1"], &json!([]))
+    );
+    assert!(report["cuda"]["devices"][0]["reason"].as_str().unwrap().contains("46"));
+    let report: Value = serde_json::from_str(&doctor(&[("FAKE_PEERS", "0")], &["--json"])).unwrap();
+    assert_eq!(report["links"]["pairs"][0]["peer_access"], false);
+
+    // A clock that stands still measures nothing.
+    let report: Value = serde_json::from_str(&doctor(&[("FAKE_US", "0")], &["--json"])).unwrap();
+    assert_eq!(report["links"]["devices"], json!({}));
+    assert!(report["cuda"]["devices"][0]["not_measured"].as_str().unwrap().contains("its own clock"), "{report}");
+
+    let text = doctor(&[], &[]);
+    for part in ["copies 2147 GB/s", "268.4 GB/s from the host", "0 -> 1    peer access, 268.4 GB/s, a row in "] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let asked = doctor(&[], &["--json", "--backend", "cpu"]);
+    assert!(!asked.contains("copy_bytes_per_s"), "GPUs that nobody asks for are not measured: {asked}");
 }
 
 /// `plan` needs no GPU where budgets are given; without them it asks the machine.

@@ -732,21 +732,18 @@ fn broken_question_files() {
 fn broken_rates_trees_and_requests() {
     let scratch = Scratch::new();
     let plan = "plan tiny --max-memory cpu:1GiB --links DIR/file";
-    for (text, part) in [
-        ("", "`DIR/file`"),
-        ("[]", "`DIR/file`"),
-        ("{\"rates\": 3}", "`DIR/file`"),
-        ("{\"host_bytes_per_s\": 0}", "`DIR/file`"),
-        ("{\"surprise\": 1}", "`DIR/file`"),
-    ] {
-        scratch.write("file", text).refuses(&words(plan), 1, part);
+    for text in ["", "[]", "{\"links\": 3}", "{\"host_bytes_per_s\": 0}", "{\"surprise\": 1}", &"[".repeat(1_000_000)] {
+        scratch.write("file", text).refuses(&words(plan), 1, "`DIR/file`");
     }
+    scratch.refuses(&words(&plan.replace("DIR/file", "/dev/zero")), 1, "/dev/zero");
     let outcome = scratch.run(&words("doctor --json"), b"");
     if outcome.code == 0 {
         let doctor: Value = serde_json::from_str(&outcome.stdout).unwrap();
-        for (key, value) in [("host_bytes_per_s", json!(0)), ("disk_bytes_per_s", json!(-1)), ("hop_s", json!(1e9))] {
-            scratch.write("file", edited(&doctor["rates"].to_string(), &format!("/{key}"), value));
-            scratch.refuses(&words(plan), 1, &format!("`{key}` in `DIR/file`"));
+        for (key, value) in
+            [("read_bytes_per_s", json!(0)), ("disk_bytes_per_s", json!(-1)), ("f32_flops_per_s", json!(1e300))]
+        {
+            scratch.write("file", edited(&doctor["links"].to_string(), &format!("/host/{key}"), value));
+            scratch.refuses(&words(plan), 1, &format!("`DIR/file`: `host.{key}` is "));
         }
     }
     let tree = "plan --policy accelerate --max-memory 0:1GiB --module-tree DIR/file";

@@ -328,37 +328,103 @@ fn requests_under_own_policies_are_plans() {
     assert_eq!(answers[8]["device_bytes"]["1"], 14_779_301_248_u64);
 }
 
+/// What `doctor --json` would write of a machine with one GPU.
+fn links_of_one_gpu(host_link: f64) -> Value {
+    json!({
+        "schema": "cogvlm-shard.links/1",
+        "measured_on": {"machine": "box", "driver": "580.95.05", "cuda": "13.0"},
+        "host": {"read_bytes_per_s": 40e9, "f32_flops_per_s": 1e12, "bf16_flops_per_s": 1e12, "disk_bytes_per_s": null},
+        "devices": {
+            "0": {
+                "name": "some GPU", "copy_bytes_per_s": 800e9, "product_flops_per_s": 50e12,
+                "from_host_bytes_per_s": host_link, "to_host_bytes_per_s": host_link, "host_hop_s": 20e-6,
+            },
+        },
+        "pairs": [],
+    })
+}
+
 /// Rates of a machine: `--links` changes predictions and, where it is worth it, places.
 #[test]
 fn links_set_the_rates() {
     let dir = TempDir::new().unwrap();
-    let rates = |host_link: f64| {
-        json!({
-            "device_bytes_per_s": 750e9, "device_flops_per_s": 35e12, "host_link_bytes_per_s": host_link,
-            "peer_link_bytes_per_s": 20e9, "hop_s": 20e-6, "host_bytes_per_s": 40e9, "host_flops_per_s": 1e12,
-            "disk_bytes_per_s": 2e9,
-        })
-    };
-    let seconds_per_image = |name: &str, value: &Value| {
+    let planned = |name: &str, value: &Value| {
         let file = write_json(dir.path(), name, value);
-        let plan = plan_json(&["--max-memory", "0:16GiB,cpu:32GiB", "--links", arg(&file)]);
-        plan["predicted_seconds_per_image"].as_f64().unwrap()
+        plan_json(&["--max-memory", "0:16GiB,cpu:32GiB", "--links", arg(&file)])
     };
-    let (slow, fast) =
-        (seconds_per_image("slow.json", &rates(1e9)), seconds_per_image("fast.json", &json!({"rates": rates(50e9)})));
+    let seconds = |plan: &Value| plan["predicted_seconds_per_image"].as_f64().unwrap();
+    let slow = planned("slow.json", &links_of_one_gpu(1e9));
+    // By itself, or as `doctor` writes it.
+    let fast = planned("fast.json", &json!({"schema": "cogvlm-shard.doctor/2", "links": links_of_one_gpu(50e9)}));
     // 19.99 GB travel to the card for every image.
-    assert!(slow > 19.0 && fast < 1.5, "{slow} {fast}");
-    for (bad, word) in [
-        (json!({"rates": {"device_bytes_per_s": 1.0}}), "missing field"),
-        (rates(0.0), "`host_link_bytes_per_s`"),
-        (json!([1, 2]), "invalid"),
+    assert!(seconds(&slow) > 19.0 && seconds(&fast) < 1.5, "{} {}", seconds(&slow), seconds(&fast));
+    assert_eq!(slow["predicted_with"], "measured on box (`0`, `cpu`)");
+    for (bad, words) in [
+        (json!({"rates": {"device_bytes_per_s": 1.0}}), ["`schema` is missing", "bad.json"]),
+        (links_of_one_gpu(0.0), ["`devices.0.from_host_bytes_per_s` is 0", "bad.json"]),
+        (json!({"links": links_of_one_gpu(-1.0)}), ["`links.devices.0.from_host_bytes_per_s` is -1", "bad.json"]),
+        (json!([1, 2]), ["is no JSON object", "bad.json"]),
     ] {
         let file = write_json(dir.path(), "bad.json", &bad);
-        let error = refusal(&["plan", "--max-memory", HEADLINE, "--links", arg(&file)], 1);
-        assert!(error.contains(word) && error.contains("bad.json"), "{error}");
+        let outcome = cogvlm(&["plan", "--max-memory", HEADLINE, "--links", arg(&file)]);
+        let error = assert_refusal(&outcome, 1, "bad rates");
+        words.iter().for_each(|word| assert!(error.contains(word), "{error}"));
+        assert!(outcome.stderr.contains("hint: `cogvlm-shard doctor --json"), "{}", outcome.stderr);
     }
     let error = refusal(&["plan", "--max-memory", HEADLINE, "--links", "/nowhere/links.json"], 1);
     assert!(error.contains("/nowhere/links.json"), "{error}");
+    let accelerate = ["plan", "--max-memory", HEADLINE, "--policy", "accelerate", "--links", "/nowhere/links.json"];
+    assert!(refusal(&accelerate, 2).contains("`--links`"));
+}
+
+/// A device that the file says nothing of has assumed rates, which is said.
+#[test]
+fn devices_that_the_links_lack_are_named() {
+    let dir = TempDir::new().unwrap();
+    let file = write_json(dir.path(), "links.json", &links_of_one_gpu(20e9));
+    let flags = ["--max-memory", HEADLINE, "--batch", "2", "--links", arg(&file)];
+    let notices = plan_json(&flags)["notices"].to_string();
+    assert!(notices.contains("no measured rates of `1`") && notices.contains("between `0` and `1`"), "{notices}");
+    let text = cogvlm(&[&["plan"], &flags[..]].concat()).stdout;
+    assert!(text.contains("rates:     measured on box (`0`); assumed of a 24 GB card on PCIe 4.0 (`1`)"), "{text}");
+}
+
+/// Wherever a plan is made, `--links` is taken, and refused where it does not hold.
+#[test]
+fn links_are_for_all_that_run() {
+    let dir = TempDir::new().unwrap();
+    let ids = write_json(dir.path(), "ids.json", &json!([5, 6, 7]));
+    let good = write_json(dir.path(), "good.json", &links_of_one_gpu(20e9));
+    let bad = write_json(dir.path(), "bad.json", &links_of_one_gpu(-20e9));
+    let shared = ["--model", "tiny@1", "--backend", "cpu", "--max-memory", "cpu:1GiB", "--context", "64", "--links"];
+    let generate = |links: &Path| {
+        let more = ["--input-ids", arg(&ids), "--max-new-tokens", "1", "--json"];
+        cogvlm(&[&["generate"], &shared[..], &[arg(links)], &more[..]].concat())
+    };
+    assert_eq!(generate(&good).code, 0);
+    assert!(assert_refusal(&generate(&bad), 1, "generate").contains("`devices.0.from_host_bytes_per_s`"));
+    for command in ["chat", "bench"] {
+        let outcome = cogvlm(
+            &[
+                &[command],
+                &shared[..],
+                &[arg(&bad)],
+                &["--tokenizer", TOKENIZER][..if command == "chat" { 2 } else { 0 }],
+            ]
+            .concat(),
+        );
+        assert!(assert_refusal(&outcome, 1, command).contains("`devices.0.from_host_bytes_per_s`"));
+    }
+    // A plan that is read back is predicted anew, with these rates.
+    let plan = plan_json(&["tiny", "--max-memory", "0:1GiB"]);
+    let plan = write_json(dir.path(), "plan.json", &plan);
+    let bench = |more: &[&str]| {
+        let flags = ["bench", "--model", "tiny@1", "--backend", "cpu", "--device-map", arg(&plan), "--repeats", "1"];
+        let report = cogvlm_json(&[&flags[..], &["--new-tokens", "2", "--json"], more].concat());
+        report["predicted"]["rates"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(bench(&["--links", arg(&good)]), "measured on box (`0`)");
+    assert_eq!(bench(&[]), "assumed of a desktop host (`0`)");
 }
 
 /// `[(device, budget)]` of `--max-memory`, changed as a hint says.

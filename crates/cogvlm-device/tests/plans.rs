@@ -13,8 +13,9 @@ use cogvlm_cpu::CpuBackend;
 use cogvlm_cuda::CudaBackend;
 use cogvlm_device::AnyBackend;
 use cogvlm_pipeline::{Engine, Event, Image, Request, load_plan};
+use cogvlm_plan::links::Links;
 use cogvlm_plan::plan;
-use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates, Residency};
+use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Residency};
 
 fn request_for(source: &ModelSource, budgets: &[(Device, u64)], policy: Policy) -> PlanRequest {
     let budgets = budgets.iter().map(|&(device, mib)| DeviceBudget { device, bytes: mib * MIB }).collect();
@@ -27,7 +28,7 @@ fn request_for(source: &ModelSource, budgets: &[(Device, u64)], policy: Policy) 
         policy,
         limits: StepLimits::new(1344, 4),
         reserve_bytes: 0,
-        rates: Rates::default(),
+        links: Links::default(),
     }
 }
 

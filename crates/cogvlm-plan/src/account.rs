@@ -1,15 +1,17 @@
 //! The consequences of a placement: what every device holds, what crosses every link, how long it takes. Plans of our
 //! own, plans read from JSON and maps written by hand are all charged here, by the same rules.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use cogvlm_core::workspace::workspace_bytes;
-use cogvlm_core::{Device, Phase, Unit, WeightGroup};
+use cogvlm_core::{Device, Phase, TensorSpec, Unit, WeightGroup};
 
+use crate::cost::{StepKind, UnitWork, unit_flops, unit_seconds};
 use crate::error::PlanError;
+use crate::links::Links;
 use crate::own::sizes::{Group, IMAGE_PROMPT_TEXT_TOKENS, Sizes, staging_bytes};
 use crate::plan::{
-    DeviceBudget, DevicePlan, LinkPlan, Plan, Policy, Rates, Residency, STAGING_SLOTS, StagePlan, TensorPlacement,
+    DeviceBudget, DevicePlan, LinkPlan, Plan, Policy, Residency, STAGING_SLOTS, StagePlan, TensorPlacement,
 };
 
 /// Who executes each unit, and where each tensor rests.
@@ -128,59 +130,104 @@ impl Placement {
             .collect()
     }
 
-    /// Predicted times. A unit takes as long as the slower of its arithmetic or reads and its copies, which run
-    /// behind one another's backs; stages of one request follow each other.
-    pub(crate) fn times(&self, sizes: &Sizes, rates: &Rates) -> Times {
-        let batch = sizes.limits.max_sequences as f64;
-        let mut times = Times::default();
-        let mut busy: BTreeMap<Device, (f64, f64)> = BTreeMap::new();
-        let mut first_group = 0;
-        for (unit, &on) in self.executes_on.iter().enumerate() {
-            let groups = &sizes.groups[first_group..first_group + sizes.groups_of[unit].len()];
-            first_group += groups.len();
-            let cost = self.unit_cost(sizes, rates, unit, groups);
-            let (token, step) = (cost.decode_s(rates, on, 1.0), cost.decode_s(rates, on, batch));
-            let image = cost.image_s(rates, on);
-            times.token_s += token;
-            times.image_s += image;
-            let device = busy.entry(on).or_default();
-            device.0 += step;
-            device.1 += image;
-            if let Some(&next) = self.executes_on.get(unit + 1).filter(|next| **next != on) {
-                let (per_token, per_image) = sizes.hop_bytes(unit);
-                let link = rates.between(on, next);
-                if per_token > 0 {
-                    times.token_s += rates.hop_s + per_token as f64 / link;
-                }
-                times.image_s += rates.hop_s + per_image as f64 / link;
-            }
+    /// Predicted times of the planned batch.
+    pub(crate) fn times(&self, sizes: &Sizes, links: &Links) -> Times {
+        let context_len = sizes.limits.context_len as f64;
+        let decode = |sequences: f64| self.step(sizes, links, StepKind::Decode { sequences, context_len });
+        let image = self.step(sizes, links, IMAGE_PREFILL);
+        let busiest = |times: &StepTimes| times.busy.values().copied().fold(0.0, f64::max);
+        Times {
+            token_s: decode(1.0).seconds,
+            image_s: image.seconds,
+            slowest_step_s: busiest(&decode(sizes.limits.max_sequences as f64)),
+            slowest_image_s: busiest(&image),
         }
-        times.slowest_step_s = busy.values().map(|busy| busy.0).fold(0.0, f64::max);
-        times.slowest_image_s = busy.values().map(|busy| busy.1).fold(0.0, f64::max);
+    }
+
+    /// Predicted times of one step through all stages, which follow each other.
+    pub(crate) fn step(&self, sizes: &Sizes, links: &Links, step: StepKind) -> StepTimes {
+        let mut times = StepTimes::default();
+        let mut ring = Ring::default();
+        let mut last: Option<usize> = None;
+        for (unit, &on) in self.executes_on.iter().enumerate() {
+            if sizes.units[unit].is_vision() && !step.has_image() {
+                continue;
+            }
+            if let Some(last) = last.filter(|&last| self.executes_on[last] != on) {
+                let from = self.executes_on[last];
+                times.seconds += std::mem::take(&mut ring).now;
+                times.seconds += links.hop_s(from, on) + sizes.step_hop_bytes(last, step) / links.between(from, on);
+            }
+            let before = ring.now;
+            self.pass_unit(sizes, links, step, unit, &mut ring);
+            // Virtual ranks share the host.
+            let busy = if links.is_host(on) { Device::Cpu } else { on };
+            *times.busy.entry(busy).or_default() += ring.now - before;
+            last = Some(unit);
+        }
+        times.seconds += ring.now;
         times
     }
 
-    fn unit_cost(&self, sizes: &Sizes, rates: &Rates, unit: usize, groups: &[Group]) -> UnitCost {
+    /// Seconds in which each of `sequences` sequences gets a token, where all of them are decoded at once. They form as
+    /// many groups as ranks compute text, and the groups take turns: while one rank computes one group, the next computes
+    /// another. Every rank reads its weights for each group. So a round of all groups takes as long as the slowest
+    /// device takes for one of them, times their number, and no less than one group takes through all stages.
+    pub(crate) fn round_s(&self, sizes: &Sizes, links: &Links, sequences: f64, context_len: f64) -> f64 {
+        let groups = (self.text_ranks(sizes).len() as f64).min(sequences).max(1.0);
+        let of_group = self.step(sizes, links, StepKind::Decode { sequences: sequences / groups, context_len });
+        let slowest = of_group.busy.values().copied().fold(0.0, f64::max);
+        of_group.seconds.max(groups * slowest)
+    }
+
+    /// Devices that decoding passes through.
+    pub(crate) fn text_ranks(&self, sizes: &Sizes) -> BTreeSet<Device> {
+        let text = sizes.units.iter().zip(&self.executes_on).filter(|(unit, _)| !unit.is_vision());
+        text.map(|(_, on)| *on).collect()
+    }
+
+    /// Passes `unit` in the time of `ring`.
+    fn pass_unit(&self, sizes: &Sizes, links: &Links, step: StepKind, unit: usize, ring: &mut Ring) {
         let on = self.executes_on[unit];
-        let mut cost = UnitCost { prefill_flops: sizes.prefill_flops(&(unit..unit + 1)), ..UnitCost::default() };
-        if matches!(sizes.units[unit], Unit::DecoderLayer(_)) {
-            cost.kv_bytes = sizes.kv_per_layer as f64 / sizes.limits.max_sequences as f64;
-        }
-        for &tensor in groups.iter().flat_map(|group| &group.tensors) {
-            let spec = &sizes.inventory[tensor];
-            if spec.phase == Phase::EveryToken {
-                cost.hot_bytes += sizes.tensor_bytes(tensor) as f64;
-                cost.hot_elements += spec.num_elements() as f64;
+        let groups = &sizes.groups[sizes.groups_of[unit].clone()];
+        let tensors: Vec<&TensorSpec> =
+            groups.iter().flat_map(|group| &group.tensors).map(|&tensor| &sizes.inventory[tensor]).collect();
+        let (product_flops, attention_flops) = unit_flops(&sizes.spec, sizes.units[unit], &tensors, step);
+        let read = |group: &&Group| step.reads(group.phase);
+        let weight_bytes = groups.iter().filter(read).map(|group| group.bytes).sum::<u64>() as f64;
+        let kv_bytes = match (step, sizes.units[unit]) {
+            (StepKind::Decode { sequences, context_len }, Unit::DecoderLayer(_)) => {
+                sequences * context_len * sizes.kv_bytes_per_token_and_layer()
             }
-            let rests = self.residency[tensor].place(on);
+            _ => 0.0,
+        };
+        let rows = match sizes.units[unit] {
+            Unit::Head => step.sequences(),
+            _ => step.rows(&sizes.spec),
+        };
+        let work = UnitWork { rows, weight_bytes, kv_bytes, product_flops, attention_flops };
+        let seconds = unit_seconds(&work, on, links, sizes.activation_dtype);
+        for group in groups.iter().filter(read) {
+            let away = group.tensors.iter().map(|&tensor| (tensor, self.residency[tensor].place(on)));
+            let copy_s: f64 = away
+                .filter(|(_, rests)| *rests != on)
+                .map(|(tensor, rests)| sizes.tensor_bytes(tensor) as f64 / links.between(rests, on))
+                .sum();
+            let use_s = seconds * group.bytes as f64 / weight_bytes.max(1.0);
+            if self.is_streamed(group) { ring.pass_streamed(copy_s, use_s) } else { ring.now += use_s }
+        }
+        if weight_bytes == 0.0 {
+            ring.now += seconds;
+        }
+        // Rows of the embedding are looked up where they rest.
+        for group in groups.iter().filter(|group| group.phase == Phase::RowLookup) {
+            let rests = self.residency[group.tensors[0]].place(on);
             if rests != on {
-                let (per_token, per_image) = sizes.travelling_bytes(tensor);
-                let link = rates.between(rests, on);
-                cost.decode_copy_s += per_token as f64 / link;
-                cost.image_copy_s += per_image as f64 / link;
+                let row = (sizes.spec.hidden_size * sizes.weight_dtype.size_bytes()) as f64;
+                let text = if let StepKind::Prefill { text_tokens, .. } = step { text_tokens as f64 } else { rows };
+                ring.now += row * text / links.between(rests, on);
             }
         }
-        cost
     }
 
     /// Refuses what no budget allows.
@@ -236,11 +283,17 @@ impl Placement {
     /// # Errors
     /// As [`check`](Self::check).
     pub(crate) fn into_plan(
-        self, sizes: &Sizes, request: &crate::plan::PlanRequest, policy: Policy, notices: Vec<String>,
+        self, sizes: &Sizes, request: &crate::plan::PlanRequest, policy: Policy, mut notices: Vec<String>,
     ) -> Result<Plan, PlanError> {
         let devices = self.devices(sizes, &request.budgets, request.card_reserve_bytes(sizes));
         Self::check(&devices)?;
-        let times = self.times(sizes, &request.rates);
+        let links = &request.links;
+        let times = self.times(sizes, links);
+        let limits = &sizes.limits;
+        let sequences = limits.max_sequences as f64;
+        let tokens_per_second = sequences / self.round_s(sizes, links, sequences, limits.context_len as f64);
+        let used: Vec<Device> = devices.iter().filter(|plan| plan.used_bytes() > 0).map(|plan| plan.device).collect();
+        notices.extend(links.missing(&used));
         Ok(Plan {
             policy,
             model: request.model.clone(),
@@ -253,6 +306,8 @@ impl Placement {
             links: self.links(sizes),
             seconds_per_token: times.token_s,
             seconds_per_image: times.image_s,
+            tokens_per_second,
+            rates: links.describe(&used),
             notices,
         })
     }
@@ -274,34 +329,37 @@ impl Sizes {
     }
 }
 
-/// What running one unit takes.
+/// The prompt that predictions are made for.
+const IMAGE_PREFILL: StepKind = StepKind::Prefill { has_image: true, text_tokens: IMAGE_PROMPT_TEXT_TOKENS };
+
+/// Predicted seconds of one step.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct StepTimes {
+    /// Through all stages.
+    pub(crate) seconds: f64,
+    /// Of each device in all its stages.
+    pub(crate) busy: BTreeMap<Device, f64>,
+}
+
+/// The staging ring of a stage in time: groups are copied one after another, each as soon as a slot is free.
 #[derive(Default)]
-struct UnitCost {
-    hot_bytes: f64,
-    hot_elements: f64,
-    /// Of one sequence.
-    kv_bytes: f64,
-    decode_copy_s: f64,
-    image_copy_s: f64,
-    prefill_flops: f64,
+struct Ring {
+    /// When the operations so far are done.
+    now: f64,
+    /// When the copies so far are done.
+    copied: f64,
+    /// When the group is done with that each slot held last.
+    free: [f64; STAGING_SLOTS],
+    num_groups: usize,
 }
 
-impl UnitCost {
-    fn decode_s(&self, rates: &Rates, on: Device, batch: f64) -> f64 {
-        let (bandwidth, arithmetic) = rates_of(rates, on);
-        let reads = (self.hot_bytes + self.kv_bytes * batch) / bandwidth;
-        reads.max(2.0 * self.hot_elements * batch / arithmetic).max(self.decode_copy_s)
-    }
-
-    fn image_s(&self, rates: &Rates, on: Device) -> f64 {
-        (self.prefill_flops / rates_of(rates, on).1).max(self.image_copy_s)
-    }
-}
-
-/// Bytes and operations per second of a device.
-pub(crate) fn rates_of(rates: &Rates, device: Device) -> (f64, f64) {
-    match device {
-        Device::Gpu(_) => (rates.device_bytes_per_s, rates.device_flops_per_s),
-        Device::Cpu | Device::Disk => (rates.host_bytes_per_s, rates.host_flops_per_s),
+impl Ring {
+    /// Copies a group into the next slot, and uses it.
+    fn pass_streamed(&mut self, copy_s: f64, use_s: f64) {
+        let slot = self.num_groups % STAGING_SLOTS;
+        self.num_groups += 1;
+        self.copied = self.copied.max(self.free[slot]) + copy_s;
+        self.now = self.now.max(self.copied) + use_s;
+        self.free[slot] = self.now;
     }
 }

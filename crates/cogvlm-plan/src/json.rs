@@ -36,6 +36,11 @@ struct PlanFile {
     links: Vec<LinkFile>,
     predicted_seconds_per_token: f64,
     predicted_seconds_per_image: f64,
+    /// Plans were written before there were these two.
+    #[serde(default)]
+    predicted_tokens_per_second: f64,
+    #[serde(default)]
+    predicted_with: String,
     notices: Vec<String>,
 }
 
@@ -118,6 +123,8 @@ impl Plan {
                 .collect(),
             predicted_seconds_per_token: self.seconds_per_token,
             predicted_seconds_per_image: self.seconds_per_image,
+            predicted_tokens_per_second: self.tokens_per_second,
+            predicted_with: self.rates.clone(),
             notices: self.notices.clone(),
         };
         serde_json::to_string_pretty(&file).expect("a plan has text keys and finite numbers")
@@ -148,12 +155,13 @@ impl Plan {
         if file.policy == Policy::Auto {
             return Err(wrong("policy", "is `auto`; a plan names the policy that made it"));
         }
-        for (field, seconds) in [
-            ("predicted_seconds_per_token", file.predicted_seconds_per_token),
-            ("predicted_seconds_per_image", file.predicted_seconds_per_image),
+        for (field, what, value) in [
+            ("predicted_seconds_per_token", "time", file.predicted_seconds_per_token),
+            ("predicted_seconds_per_image", "time", file.predicted_seconds_per_image),
+            ("predicted_tokens_per_second", "rate", file.predicted_tokens_per_second),
         ] {
-            if !(seconds.is_finite() && seconds >= 0.0) {
-                return Err(wrong(field, &format!("is {seconds}; a time is not negative")));
+            if !(value.is_finite() && value >= 0.0) {
+                return Err(wrong(field, &format!("is {value}; a {what} is not negative")));
             }
         }
         let limits = StepLimits {
@@ -190,6 +198,8 @@ impl Plan {
             links: placement.links(&sizes),
             seconds_per_token: file.predicted_seconds_per_token,
             seconds_per_image: file.predicted_seconds_per_image,
+            tokens_per_second: file.predicted_tokens_per_second,
+            rates: file.predicted_with,
             notices: file.notices,
         };
         if plan.stages.len() != file.stages.len() {

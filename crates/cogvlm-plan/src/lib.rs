@@ -7,12 +7,15 @@
 
 pub mod accelerate;
 mod account;
+mod cost;
 mod device_map;
 mod error;
 mod json;
+pub mod links;
 mod max_memory;
 mod own;
 pub mod plan;
+mod predict;
 mod report;
 pub mod requests;
 
@@ -20,3 +23,4 @@ pub use error::{Change, PlanError};
 pub use json::PLAN_SCHEMA;
 pub use max_memory::{MaxMemoryError, parse_max_memory};
 pub use own::plan;
+pub use predict::Prediction;

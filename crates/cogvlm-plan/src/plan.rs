@@ -6,6 +6,7 @@ use cogvlm_core::{DType, Device, ModelSpec, TensorSpec, Unit};
 use serde::{Deserialize, Serialize};
 
 use crate::error::PlanError;
+use crate::links::Links;
 use crate::own::sizes::Sizes;
 
 /// How units and weights are placed.
@@ -31,57 +32,6 @@ pub struct DeviceBudget {
     pub device: Device,
     /// Its budget. For [`Device::Disk`] it is not a limit: the files are there already.
     pub bytes: u64,
-}
-
-/// Rates that predicted times and the choice between streaming and computing on the host rest on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Rates {
-    /// Memory bandwidth of a card.
-    pub device_bytes_per_s: f64,
-    /// Matrix arithmetic of a card.
-    pub device_flops_per_s: f64,
-    /// Host memory to card.
-    pub host_link_bytes_per_s: f64,
-    /// Card to card.
-    pub peer_link_bytes_per_s: f64,
-    /// Time for a small message from card to card.
-    pub hop_s: f64,
-    /// Memory bandwidth of the host.
-    pub host_bytes_per_s: f64,
-    /// Matrix arithmetic of the host.
-    pub host_flops_per_s: f64,
-    /// Reads from disk.
-    pub disk_bytes_per_s: f64,
-}
-
-impl Default for Rates {
-    /// Cautious figures for a 24 GB card of the 2020s on PCIe 4.0 x16 in a desktop host: about 80 % of its data
-    /// sheet's bandwidths, half of its dense bf16 arithmetic, peers that reach each other through the host. They are
-    /// assumptions, not measurements: predictions that rest on them compare plans, they do not promise times. A
-    /// machine that was measured says so with rates of its own.
-    fn default() -> Self {
-        Self {
-            device_bytes_per_s: 750e9,
-            device_flops_per_s: 35e12,
-            host_link_bytes_per_s: 20e9,
-            peer_link_bytes_per_s: 20e9,
-            hop_s: 20e-6,
-            host_bytes_per_s: 40e9,
-            host_flops_per_s: 1e12,
-            disk_bytes_per_s: 2e9,
-        }
-    }
-}
-
-impl Rates {
-    /// Bytes per second from `from` to `to`, two different places.
-    pub fn between(&self, from: Device, to: Device) -> f64 {
-        match (from, to) {
-            (Device::Disk, _) | (_, Device::Disk) => self.disk_bytes_per_s,
-            (Device::Gpu(_), Device::Gpu(_)) => self.peer_link_bytes_per_s,
-            _ => self.host_link_bytes_per_s,
-        }
-    }
 }
 
 /// What a CUDA process holds on a card beside what it allocates: context, module images, library handles. Between 300
@@ -115,7 +65,7 @@ pub struct PlanRequest {
     /// card that has such a reserve is also left what it needs to stream from host memory.
     pub reserve_bytes: u64,
     /// Rates of the machine.
-    pub rates: Rates,
+    pub links: Links,
 }
 
 /// Most tokens of a sequence and of a step that can be planned for.
@@ -311,10 +261,16 @@ pub struct Plan {
     pub devices: Vec<DevicePlan>,
     /// What crosses between devices.
     pub links: Vec<LinkPlan>,
-    /// Predicted seconds for one decoded token of one sequence.
+    /// Predicted seconds for one decoded token of one sequence that fills the planned context.
     pub seconds_per_token: f64,
-    /// Predicted seconds for one image prefill.
+    /// Predicted seconds for one image prefill, with 32 tokens of text.
     pub seconds_per_image: f64,
+    /// Predicted tokens per second of all planned sequences together, as [`Prediction::tokens_per_s`] has them.
+    ///
+    /// [`Prediction::tokens_per_s`]: crate::Prediction::tokens_per_s
+    pub tokens_per_second: f64,
+    /// Which rates the predictions rest on, in words. Empty for a plan from a file that does not say.
+    pub rates: String,
     /// What a person should know: what is streamed, what limits the plan, what would lift the limit.
     pub notices: Vec<String>,
 }

@@ -127,10 +127,30 @@ impl Plan {
         };
         blank(text);
         let (token, image) = (ms(self.seconds_per_token), ms(self.seconds_per_image));
+        let (sequences, context) = (self.limits.max_sequences, self.limits.context_len);
         line(
             text,
-            format_args!("predicted: {token} per token, {image} per image prefill (assumed rates, not measured)"),
+            format_args!("predicted: {token} per token at {context} tokens of context, {image} per image prefill"),
         );
+        let hot = self.placements.iter().filter(|placement| placement.tensor.phase == Phase::EveryToken);
+        let hot = format_bytes(hot.map(|placement| placement.bytes).sum());
+        let kv: u64 = self.devices.iter().map(|device| device.kv_bytes).sum();
+        let kv = format_bytes(kv / sequences.max(1) as u64);
+        let indent = " ".repeat(11);
+        if sequences > 1 {
+            let rate = self.tokens_per_second;
+            line(text, format_args!("{indent}{rate:.0} tokens/s of {sequences} sequences at once"));
+        }
+        line(text, format_args!("{indent}a step reads {hot} of weights, and {kv} of KV cache for each sequence"));
+        if !self.rates.is_empty() {
+            wrapped(text, "rates:     ", &self.rates);
+            if self.rates.contains("assumed") {
+                line(
+                    text,
+                    format_args!("{indent}`doctor --json` measures those of a machine, `--links FILE` takes them"),
+                );
+            }
+        }
     }
 
     fn write_limit(&self, text: &mut String, request: Option<&PlanRequest>) {

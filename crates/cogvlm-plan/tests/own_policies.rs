@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use cogvlm_core::memory::GIB;
 use cogvlm_core::workspace::{StepLimits, kv_bytes_per_layer, workspace_bytes};
 use cogvlm_core::{DType, Device, Phase, Unit, tensor_inventory};
-use cogvlm_plan::plan::{DeviceBudget, Plan, PlanRequest, Policy, Rates, Residency};
+use cogvlm_plan::links::Links;
+use cogvlm_plan::plan::{DeviceBudget, Plan, PlanRequest, Policy, Residency};
 use cogvlm_plan::{Change, PlanError, plan};
-use common::{all_at_home, request, request_of, streamed_token_bytes, token_bytes, weights_on};
+use common::{all_at_home, host_reading, request, request_of, streamed_token_bytes, token_bytes, weights_on};
 
 const POLICIES: [Policy; 4] = [Policy::Auto, Policy::Balanced, Policy::Latency, Policy::Throughput];
 /// Weights of the published model that every token reads, 32 `inv_freq` of 128 B included.
@@ -29,8 +30,8 @@ fn decoder_layers_on(plan: &Plan, device: Device) -> usize {
 }
 
 /// Rates with which nothing is worth computing on the host.
-fn slow_host() -> Rates {
-    Rates { host_bytes_per_s: 1e8, ..Rates::default() }
+fn slow_host() -> Links {
+    host_reading(1e8)
 }
 
 #[test]
@@ -106,7 +107,7 @@ fn decoding_streams_what_the_cards_cannot_hold_and_no_more() {
     ] {
         for policy in POLICIES {
             let mut request = request(&format!("{cards},cpu:{host}GiB"), policy);
-            request.rates = slow_host();
+            request.links = slow_host();
             let plan = plan(&request).unwrap_or_else(|error| panic!("{cards} {policy:?}: {error}"));
             let num_cards = cards.split(',').count() as u64;
             let streamed = streamed_token_bytes(&plan, &request.spec);
@@ -135,25 +136,25 @@ fn a_card_streams_only_what_it_cannot_hold_of_an_image_prefill() {
 
 #[test]
 fn hot_overflow_goes_where_it_is_faster() {
-    let layers_on_host = |max_memory: &str, rates: Rates, (context, batch): (usize, usize)| {
+    let layers_on_host = |max_memory: &str, links: Links, (context, batch): (usize, usize)| {
         let mut request = request(max_memory, Policy::Auto);
-        (request.rates, request.limits) = (rates, StepLimits::new(context, batch));
+        (request.links, request.limits) = (links, StepLimits::new(context, batch));
         let plan = plan(&request).unwrap();
         (decoder_layers_on(&plan, Device::Cpu), streamed_token_bytes(&plan, &request.spec))
     };
     // 40 GB/s of host memory against 20 GB/s of link.
-    let (few, _) = layers_on_host("0:12GiB,cpu:40GiB", Rates::default(), (2048, 1));
-    let (more, _) = layers_on_host("0:8GiB,cpu:40GiB", Rates::default(), (2048, 1));
+    let (few, _) = layers_on_host("0:12GiB,cpu:40GiB", Links::default(), (2048, 1));
+    let (more, _) = layers_on_host("0:8GiB,cpu:40GiB", Links::default(), (2048, 1));
     assert!(0 < few && few < more, "{few} layers with 12 GiB, {more} with 8 GiB");
     let (none, streamed) = layers_on_host("0:12GiB,cpu:40GiB", slow_host(), (2048, 1));
     assert!(none == 0 && streamed > GIB, "{none} layers on a slow host, {streamed} B streamed");
     // Three links one after the other are as slow as one.
-    let (layers, streamed) = layers_on_host("0:4GiB,1:4GiB,2:4GiB,cpu:40GiB", Rates::default(), (2048, 1));
+    let (layers, streamed) = layers_on_host("0:4GiB,1:4GiB,2:4GiB,cpu:40GiB", Links::default(), (2048, 1));
     assert!(layers > 0 && streamed < 3 * LARGEST_MATRIX, "{layers} layers on the host, {streamed} B streamed");
     // Same KV cache, another batch: 64 sequences take the host 26 ms of arithmetic for a layer whose weights, and the
     // KV cache that would leave the card with it, stream in 24 ms; 16 sequences take it 12 ms of reading.
-    let (computed, _) = layers_on_host("0:12GiB,cpu:40GiB", Rates::default(), (256, 16));
-    let (none, streamed) = layers_on_host("0:12GiB,cpu:40GiB", Rates::default(), (64, 64));
+    let (computed, _) = layers_on_host("0:12GiB,cpu:40GiB", Links::default(), (256, 16));
+    let (none, streamed) = layers_on_host("0:12GiB,cpu:40GiB", Links::default(), (64, 64));
     assert!(computed > 0, "nothing is computed on the host");
     assert!(none == 0 && streamed > GIB, "{none} layers on the host, {streamed} B streamed");
 }

@@ -7,9 +7,10 @@ use std::collections::HashSet;
 use cogvlm_core::memory::MIB;
 use cogvlm_core::workspace::{StepLimits, kv_bytes_per_layer, workspace_bytes};
 use cogvlm_core::{DType, Device, Phase, Unit, WeightGroup, tensor_inventory};
-use cogvlm_plan::plan::{DeviceBudget, Plan, PlanRequest, Policy, Rates, Residency, STAGING_ALIGN, STAGING_SLOTS};
+use cogvlm_plan::links::Links;
+use cogvlm_plan::plan::{DeviceBudget, Plan, PlanRequest, Policy, Residency, STAGING_ALIGN, STAGING_SLOTS};
 use cogvlm_plan::{PlanError, plan};
-use common::{request_of, streamed_token_bytes, token_bytes};
+use common::{host_reading, request_of, streamed_token_bytes, token_bytes};
 use proptest::prelude::*;
 use proptest::test_runner::{RngSeed, TestCaseError};
 
@@ -59,7 +60,7 @@ fn requests() -> impl Strategy<Value = PlanRequest> {
             request.limits.max_tokens = 64;
         }
         if slow_host {
-            request.rates.host_bytes_per_s = 1e7;
+            request.links = host_reading(1e7);
         }
         if f32_activations {
             request.activation_dtype = DType::F32;
@@ -202,7 +203,7 @@ proptest! {
     ) {
         let mut request = request;
         // With a host that is never worth computing on, bytes on the links are all there is to compare; otherwise time.
-        request.rates.host_bytes_per_s = if streams { 1e3 } else { Rates::default().host_bytes_per_s };
+        request.links = if streams { host_reading(1e3) } else { Links::default() };
         let executing: Vec<usize> =
             (0..request.budgets.len()).filter(|&index| request.budgets[index].device.executes()).collect();
         if executing.is_empty() {
@@ -222,7 +223,7 @@ proptest! {
                 let bytes = [&before, &after].map(|plan| streamed_token_bytes(plan, &request.spec));
                 prop_assert!(bytes[1] <= bytes[0] + row, "{} B per token became {}", bytes[0], bytes[1]);
             }
-            let hops = (request.budgets.len() + 2) as f64 * (request.rates.hop_s + row as f64 * 2.0 / 20e9);
+            let hops = (request.budgets.len() + 2) as f64 * (request.links.pair(0, 1).hop_s + row as f64 * 2.0 / 20e9);
             if !streams && request.limits.max_sequences == 1 {
                 prop_assert!(
                     after.seconds_per_token <= before.seconds_per_token + hops,

@@ -32,6 +32,7 @@ pub(crate) fn run() -> CliResult {
             policy: PolicyArg::Auto,
             context: Some(1536),
             batch: None,
+            links: None,
         },
         device_map: None,
         backend: BackendArg::Cpu,

@@ -1,10 +1,12 @@
 //! `doctor`: what this machine has, what is missing, what to do.
 
+use cogvlm_backend::BackendError;
 use cogvlm_core::DType;
 use cogvlm_core::memory::format_bytes;
 use cogvlm_cpu::{Isa, ceiling};
+use cogvlm_cuda::ceiling as gpu;
 use cogvlm_cuda::{Context, CudaError, DeviceInfo};
-use cogvlm_plan::plan::Rates;
+use cogvlm_plan::links::{CardRates, HostRates, Links, MeasuredOn, PeerRates};
 use serde_json::{Value, json};
 
 use crate::args::{BackendArg, DoctorArgs};
@@ -20,18 +22,23 @@ pub(crate) fn run(args: &DoctorArgs) -> CliResult {
     note("measuring the host: a few seconds");
     let read = ceiling::read_bytes_per_s();
     let flops = [DType::F32, DType::Bf16].map(ceiling::flops_per_s);
-    let cuda = Cuda::look();
-    let rates = Rates { host_bytes_per_s: read, host_flops_per_s: flops[1], ..Rates::default() };
+    let host = HostRates {
+        read_bytes_per_s: read,
+        f32_flops_per_s: flops[0],
+        bf16_flops_per_s: flops[1],
+        disk_bytes_per_s: None,
+    };
+    let cuda = Cuda::look(args.backend != BackendArg::Cpu);
+    let links = cuda.links(host);
     if args.json {
         let object = json!({
-            "schema": "cogvlm-shard.doctor/1",
+            "schema": "cogvlm-shard.doctor/2",
             "host": {
                 "threads": threads, "isa": isa.to_string(), "memory_bytes": total, "available_bytes": available,
                 "read_bytes_per_s": read, "f32_flops_per_s": flops[0], "bf16_flops_per_s": flops[1],
             },
             "cuda": cuda.json(),
-            "rates": rates,
-            "measured_rates": ["host_bytes_per_s", "host_flops_per_s"],
+            "links": links.to_json(),
         });
         print_line(&object.to_string())?;
     } else {
@@ -61,36 +68,80 @@ struct Cuda {
     /// CUDA version of the driver, where it starts.
     version: Option<(u32, u32)>,
     gpus: Vec<Gpu>,
+    /// Of GPUs that were measured, in both directions.
+    pairs: Vec<Pair>,
     /// Why nothing can run on a GPU, where that is so.
     refusal: Option<CudaError>,
 }
 
-/// A GPU, and its free and total bytes where it can be opened.
+/// A GPU, its free and total bytes where it can be opened, and its rates where it was measured.
 struct Gpu {
     info: DeviceInfo,
     memory: Result<(u64, u64), CudaError>,
+    rates: Option<Result<gpu::Ceilings, BackendError>>,
+}
+
+/// What was measured between two GPUs.
+struct Pair {
+    from: u32,
+    to: u32,
+    rates: Result<gpu::PeerCeilings, BackendError>,
 }
 
 impl Cuda {
-    fn look() -> Self {
+    /// Looks at the GPUs that there are, and measures them where that is wanted.
+    fn look(measures: bool) -> Self {
         let module = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
         let module = module.as_deref().and_then(|text| text.lines().next()).map(str::to_owned);
         let found = cogvlm_cuda::usable_devices();
         let no_device = found.as_ref().err().cloned();
         let look = |info: DeviceInfo| {
             let memory = Context::open(info.ordinal).and_then(|context| context.memory());
-            Gpu { info, memory }
+            let rates = (measures && memory.is_ok()).then(|| {
+                note(&format!("measuring GPU {}: a few seconds", info.ordinal));
+                gpu::measure(info.ordinal)
+            });
+            Gpu { info, memory, rates }
         };
         let gpus: Vec<Gpu> = found.into_iter().flatten().map(look).collect();
+        let measured: Vec<u32> =
+            gpus.iter().filter(|gpu| matches!(gpu.rates, Some(Ok(_)))).map(|gpu| gpu.info.ordinal).collect();
+        let ways = measured.iter().flat_map(|&from| measured.iter().map(move |&to| (from, to)));
+        let measure = |(from, to): (u32, u32)| Pair { from, to, rates: gpu::measure_pair(from, to) };
+        let pairs = ways.filter(|(from, to)| from != to).map(measure).collect();
         let any_opens = gpus.iter().any(|gpu| gpu.memory.is_ok());
         let first_refusal = gpus.iter().find_map(|gpu| gpu.memory.as_ref().err().cloned());
         let refusal = no_device.or(first_refusal.filter(|_| !any_opens));
         let version = cogvlm_cuda::driver_version().ok();
-        Self { module, device_files: nvidia_devices(), version, gpus, refusal }
+        Self { module, device_files: nvidia_devices(), version, gpus, pairs, refusal }
+    }
+
+    /// What was measured, for `--links`.
+    fn links(&self, host: HostRates) -> Links {
+        let machine = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
+        let machine = if machine.is_empty() { "this machine".to_owned() } else { machine };
+        // `NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  ...`
+        let is_version =
+            |word: &&str| word.contains('.') && word.bytes().all(|byte| byte == b'.' || byte.is_ascii_digit());
+        let driver =
+            self.module.as_deref().and_then(|line| line.split_whitespace().find(is_version)).map(str::to_owned);
+        let cuda = self.version.map(|(major, minor)| format!("{major}.{minor}"));
+        let mut links = Links::measured(MeasuredOn { machine, driver, cuda }, host);
+        for Gpu { info, rates, .. } in &self.gpus {
+            if let Some(Ok(rates)) = rates {
+                links = links.with_card(info.ordinal, &info.name, card_rates(rates));
+            }
+        }
+        for Pair { from, to, rates } in &self.pairs {
+            if let Ok(rates) = rates {
+                links = links.with_pair(*from, *to, peer_rates(rates));
+            }
+        }
+        links
     }
 
     fn json(&self) -> Value {
-        let gpu = |Gpu { info, memory }: &Gpu| {
+        let gpu = |Gpu { info, memory, rates }: &Gpu| {
             let (major, minor) = info.compute_capability;
             let mut object = json!({
                 "ordinal": info.ordinal, "name": info.name, "compute_capability": format!("{major}.{minor}"),
@@ -101,8 +152,15 @@ impl Cuda {
                 object["reason"] = json!(error.to_string());
                 object["hint"] = json!(error.hint());
             }
+            if let Some(Err(error)) = rates {
+                object["not_measured"] = json!(error.to_string());
+            }
             object
         };
+        let failed = self.pairs.iter().filter_map(|pair| Some((pair, pair.rates.as_ref().err()?)));
+        let failed: Vec<Value> = failed
+            .map(|(Pair { from, to, .. }, error)| json!({"from": from, "to": to, "reason": error.to_string()}))
+            .collect();
         json!({
             "built_in": cogvlm_cuda::is_built_in(),
             "usable": self.refusal.is_none(),
@@ -112,6 +170,7 @@ impl Cuda {
             "driver_cuda_version": self.version.map(|(major, minor)| format!("{major}.{minor}")),
             "device_files": self.device_files,
             "devices": self.gpus.iter().map(gpu).collect::<Vec<_>>(),
+            "pairs_not_measured": failed,
         })
     }
 
@@ -128,7 +187,7 @@ impl Cuda {
             Some(error) => error.to_string(),
         };
         let mut lines = vec![format!("cuda      {state}"), format!("          {kernels}; {driver}")];
-        for Gpu { info, memory } in &self.gpus {
+        for Gpu { info, memory, rates } in &self.gpus {
             let (major, minor) = info.compute_capability;
             let free = match memory {
                 Ok((free, _)) => format!("{} free", format_bytes(*free)),
@@ -141,12 +200,52 @@ impl Cuda {
                 info.num_multiprocessors,
                 format_bytes(info.total_bytes)
             ));
+            match rates {
+                Some(Ok(rates)) => lines.push(format!(
+                    "          copies {:.0} GB/s, multiplies {:.0} TFLOP/s by {}; {:.1} GB/s from the host, {:.1} to it, \
+                     a row in {:.0} us (measured now)",
+                    rates.copy_bytes_per_s / 1e9,
+                    rates.gemm_flops_per_s / 1e12,
+                    rates.gemm_by,
+                    rates.link_bytes_per_s / 1e9,
+                    rates.to_host_bytes_per_s / 1e9,
+                    rates.host_hop_s * 1e6
+                )),
+                Some(Err(error)) => lines.push(format!("          not measured: {error}")),
+                None => {}
+            }
         }
+        lines.extend(self.pairs.iter().map(|Pair { from, to, rates }| match rates {
+            Ok(rates) => format!(
+                "{from} -> {to:<4} {}, {:.1} GB/s, a row in {:.0} us (measured now)",
+                if rates.peer_access { "peer access" } else { "through the host" },
+                rates.bytes_per_s / 1e9,
+                rates.hop_s * 1e6
+            ),
+            Err(error) => format!("{from} -> {to:<4} not measured: {error}"),
+        }));
         if let Some(hint) = self.refusal.as_ref().and_then(CudaError::hint) {
             lines.push(format!("          to do: {hint}"));
         }
         lines.join("\n")
     }
+}
+
+/// What was measured of a GPU, as predictions take it.
+pub(crate) fn card_rates(measured: &gpu::Ceilings) -> CardRates {
+    CardRates {
+        copy_bytes_per_s: measured.copy_bytes_per_s,
+        product_flops_per_s: measured.gemm_flops_per_s,
+        from_host_bytes_per_s: measured.link_bytes_per_s,
+        to_host_bytes_per_s: measured.to_host_bytes_per_s,
+        host_hop_s: measured.host_hop_s,
+    }
+}
+
+/// What was measured between two GPUs, as predictions take it.
+pub(crate) fn peer_rates(measured: &gpu::PeerCeilings) -> PeerRates {
+    let gpu::PeerCeilings { peer_access, bytes_per_s, hop_s } = *measured;
+    PeerRates { peer_access, bytes_per_s, hop_s }
 }
 
 /// `/dev/nvidiaN`.

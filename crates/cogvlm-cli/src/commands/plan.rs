@@ -7,7 +7,8 @@ use cogvlm_core::memory::format_bytes;
 use cogvlm_plan::accelerate::{
     self, Arguments, Balanced, DeviceKey, ElementType, MaxMemory, ModuleTree, Version, Widths,
 };
-use cogvlm_plan::plan::{Plan, PlanRequest, Policy, Rates};
+use cogvlm_plan::links::Links;
+use cogvlm_plan::plan::{Plan, PlanRequest, Policy};
 use cogvlm_plan::requests::{RequestError, TreeCache, answer_line};
 use cogvlm_plan::{PLAN_SCHEMA, parse_max_memory, plan};
 use serde::de::IgnoredAny;
@@ -17,7 +18,6 @@ use crate::args::{PlacementArgs, PlanArgs, PolicyArg};
 use crate::error::{CliError, CliResult};
 use crate::machine::Machine;
 use crate::output::print_line;
-use crate::prompt::read_json;
 use crate::session::{placed_request, plan_error, planned_model, request_for};
 use crate::stdin::StdinLines;
 
@@ -31,6 +31,9 @@ pub(crate) fn run(args: &PlanArgs) -> CliResult {
         ));
     }
     if args.placement.policy == PolicyArg::Accelerate {
+        if args.placement.links.is_some() {
+            return Err(CliError::usage("`--links` is not for `--policy accelerate`: its maps depend on no rates"));
+        }
         return accelerate_plan(args);
     }
     let given = [
@@ -50,11 +53,8 @@ pub(crate) fn run(args: &PlanArgs) -> CliResult {
         }
     };
     let mut machine = Machine::planned(args.backend, &args.placement);
-    let mut request = placed_request(planned_model(&args.model)?, &args.placement, activations, &mut machine)?;
+    let request = placed_request(planned_model(&args.model)?, &args.placement, activations, &mut machine)?;
     drop(machine);
-    if let Some(path) = &args.links {
-        request.rates = read_rates(path)?;
-    }
     let plan = plan(&request).map_err(plan_error)?;
     if args.json {
         return print_line(&plan.to_json());
@@ -65,52 +65,29 @@ pub(crate) fn run(args: &PlanArgs) -> CliResult {
 
 /// The policies beside each other: what an operator gives for what.
 fn comparison(request: &PlanRequest, chosen: &Plan) -> String {
-    let mut lines =
-        vec![format!("\n{:<12} {:>12} {:>12} {:>16}", "policy", "ms per token", "ms per image", "off its device")];
+    // Of one sequence it is what its time per token says.
+    let many = request.limits.max_sequences > 1;
+    let rate = |text: String| if many { format!(" {text:>9}") } else { String::new() };
+    let head = rate("tokens/s".to_owned());
+    let mut lines = vec![format!(
+        "\n{:<12} {:>12}{head} {:>12} {:>16}",
+        "policy", "ms per token", "ms per image", "off its device"
+    )];
     for policy in [Policy::Latency, Policy::Throughput, Policy::Balanced] {
         let Ok(plan) = plan(&PlanRequest { policy, ..request.clone() }) else { continue };
         let off_device = plan.placements.iter().filter(|it| it.residency.place(it.executes_on) != it.executes_on);
         let off_device: u64 = off_device.map(|placement| placement.bytes).sum();
         lines.push(format!(
-            "{:<12} {:>12.1} {:>12.0} {:>16} {}",
+            "{:<12} {:>12.1}{} {:>12.0} {:>16} {}",
             format!("{policy:?}").to_lowercase(),
             plan.seconds_per_token * 1e3,
+            rate(format!("{:.0}", plan.tokens_per_second)),
             plan.seconds_per_image * 1e3,
             format_bytes(off_device),
             if policy == chosen.policy { "<- this plan" } else { "" }
         ));
     }
     lines.iter().map(|line| line.trim_end()).collect::<Vec<_>>().join("\n")
-}
-
-/// Rates, alone or in what `doctor --json` writes.
-fn read_rates(path: &std::path::Path) -> CliResult<Rates> {
-    let mut json: Value = read_json(path, "a JSON file of rates")?;
-    let rates = if json.get("rates").is_some() { json["rates"].take() } else { json };
-    let rates: Rates =
-        serde_json::from_value(rates).map_err(|error| CliError::new(format!("`{}`: {error}", path.display())))?;
-    let bad = [
-        ("device_bytes_per_s", rates.device_bytes_per_s),
-        ("device_flops_per_s", rates.device_flops_per_s),
-        ("host_link_bytes_per_s", rates.host_link_bytes_per_s),
-        ("peer_link_bytes_per_s", rates.peer_link_bytes_per_s),
-        ("host_bytes_per_s", rates.host_bytes_per_s),
-        ("host_flops_per_s", rates.host_flops_per_s),
-        ("disk_bytes_per_s", rates.disk_bytes_per_s),
-    ]
-    .into_iter()
-    .find(|(_, rate)| !(*rate > 0.0 && rate.is_finite()));
-    if let Some((key, rate)) = bad {
-        return Err(CliError::new(format!("`{key}` in `{}` is {rate}; a rate is above 0", path.display())));
-    }
-    if !(0.0..60.0).contains(&rates.hop_s) {
-        return Err(CliError::new(format!(
-            "`hop_s` in `{}` is {}; it lies between 0 and 60 s",
-            path.display(),
-            rates.hop_s
-        )));
-    }
-    Ok(rates)
 }
 
 /// `--requests`: a line of JSON in, a line of JSON out, nothing fatal.
@@ -164,7 +141,8 @@ fn own_policy(policy: Policy, fields: &Map<String, Value>) -> Result<Value, Requ
     let budgets = parse_max_memory(&budgets.join(",")).map_err(|error| refused(error.into()))?;
     let placement = PlacementArgs { context: request.context, batch: request.batch, ..PlacementArgs::default() };
     let model = planned_model(request.model.as_deref().unwrap_or("cogvlm-chat-17b")).map_err(refused)?;
-    let mut plan_request = request_for(model, &placement, DType::Bf16, true, budgets).map_err(refused)?;
+    let mut plan_request =
+        request_for(model, &placement, DType::Bf16, true, budgets, Links::default()).map_err(refused)?;
     plan_request.policy = policy;
     let plan = plan(&plan_request).map_err(|error| refused(plan_error(error)))?;
     serde_json::from_str(&plan.to_json()).map_err(|error| RequestError::new("RuntimeError", error.to_string()))

@@ -10,8 +10,9 @@ use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, ModelSpec};
 use cogvlm_cpu::CpuBackend;
 use cogvlm_pipeline::{Engine, Event, Image, Request, RequestId, WeightSource, load_plan};
+use cogvlm_plan::links::Links;
 use cogvlm_plan::plan;
-use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Rates};
+use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -32,7 +33,7 @@ pub(crate) fn plan_for(
         policy,
         limits,
         reserve_bytes: 0,
-        rates: Rates::default(),
+        links: Links::default(),
     })
     .unwrap_or_else(|error| panic!("{error}"))
 }

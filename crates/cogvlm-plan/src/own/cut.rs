@@ -7,6 +7,7 @@ use cogvlm_core::Device;
 
 use super::Planner;
 use super::pack::{Packed, Share};
+use crate::cost::read_bytes_per_s;
 
 /// Who executes what: a share for every card, and the units that the host executes. Text units start on the host, so
 /// that hidden states cross to a card once.
@@ -39,14 +40,14 @@ pub(crate) enum VisionRule {
 pub(crate) struct Caps {
     /// Bytes that stay free on every card that is used.
     pub(crate) free_bytes: u64,
-    /// Bytes that a card reads for a decode step.
-    pub(crate) step_bytes: u64,
-    /// Arithmetic of a card for an image prefill.
-    pub(crate) image_flops: f64,
+    /// Seconds that a card reads for a decode step.
+    pub(crate) step_s: f64,
+    /// Seconds of a card's arithmetic for an image prefill.
+    pub(crate) image_s: f64,
 }
 
 impl Caps {
-    pub(crate) const NONE: Self = Self { free_bytes: 0, step_bytes: u64::MAX, image_flops: f64::INFINITY };
+    pub(crate) const NONE: Self = Self { free_bytes: 0, step_s: f64::INFINITY, image_s: f64::INFINITY };
 }
 
 /// What packing text units depends on: the capacity, whether the table stays, whether the vision tower is there, how many
@@ -115,7 +116,7 @@ impl Planner<'_> {
                         continue;
                     }
                     let Some(packed) = self.pack_text(card, &share, with_table) else { continue };
-                    let Some(cost) = self.text_cost(rule, &share, &packed) else { continue };
+                    let Some(cost) = self.text_cost(card, rule, &share, &packed) else { continue };
                     let total = match rule {
                         TextRule::Even => (cost.max(rest.0), cost * cost + rest.1),
                         TextRule::Fast => (cost + rest.0, cost * cost + rest.1),
@@ -130,17 +131,18 @@ impl Planner<'_> {
     }
 
     /// Seconds of a decode step of the planned batch; `None` where the rule does not allow it.
-    fn text_cost(&self, rule: TextRule, share: &Share, packed: &Packed) -> Option<f64> {
+    fn text_cost(&self, card: usize, rule: TextRule, share: &Share, packed: &Packed) -> Option<f64> {
         if share.text.is_empty() {
             return Some(0.0);
         }
         if rule == TextRule::Even && packed.hot_off > 0 {
             return None;
         }
-        let rates = &self.request.rates;
+        let (links, device) = (&self.links, self.cards[card].device);
         let read = self.step_bytes(&share.text) - packed.hot_off;
-        let seconds = read as f64 / rates.device_bytes_per_s + packed.hot_off as f64 / rates.host_link_bytes_per_s;
-        Some(if rule == TextRule::Fast { seconds + rates.hop_s } else { seconds })
+        let streamed = packed.hot_off as f64 / links.between(Device::Cpu, device);
+        let seconds = read as f64 / read_bytes_per_s(links, device) + streamed;
+        Some(if rule == TextRule::Fast { seconds + links.hop_s(Device::Cpu, device) } else { seconds })
     }
 
     /// Bytes that a decode step of the planned batch reads in `text`.
@@ -163,8 +165,8 @@ impl Planner<'_> {
                     let Some(packed) = self.pack(card, &share, with_table).filter(|packed| packed.hot_off == 0) else {
                         continue;
                     };
-                    let seconds = self.image_seconds(&share, &packed);
-                    let hop = if start < end { self.request.rates.hop_s } else { 0.0 };
+                    let seconds = self.image_seconds(card, &share, &packed);
+                    let hop = if start < end { self.hop_to(card) } else { 0.0 };
                     let total = match rule {
                         VisionRule::OneImage => (seconds + hop + rest.0, rest.1),
                         VisionRule::ManyImages => (seconds.max(rest.0), hop + rest.1),
@@ -185,10 +187,17 @@ impl Planner<'_> {
         Some(cut)
     }
 
-    fn image_seconds(&self, share: &Share, packed: &Packed) -> f64 {
+    /// Seconds of a message to `card` from the card before it.
+    fn hop_to(&self, card: usize) -> f64 {
+        let (links, to) = (&self.links, self.cards[card].device);
+        self.cards[..card].last().map_or_else(|| links.hop_s(Device::Cpu, to), |from| links.hop_s(from.device, to))
+    }
+
+    fn image_seconds(&self, card: usize, share: &Share, packed: &Packed) -> f64 {
+        let (links, device) = (&self.links, self.cards[card].device);
         let flops = self.sizes.prefill_flops(&share.vision) + self.sizes.prefill_flops(&share.text);
         let copied = (packed.hot_off + packed.cold_off) as f64;
-        (flops / self.request.rates.device_flops_per_s).max(copied / self.request.rates.host_link_bytes_per_s)
+        (flops / self.cards[card].flops_per_s).max(copied / links.between(Device::Cpu, device))
     }
 
     /// Cuts both the vision tower and the text units so that every weight rests where it is used and no card exceeds
@@ -251,9 +260,20 @@ impl Planner<'_> {
         let text = self.sizes.num_vision + text.start..self.sizes.num_vision + text.end;
         let share = Share { vision, text };
         share.is_empty()
-            || self.step_bytes(&share.text) <= caps.step_bytes
+            || self.read_seconds(card, &share.text) <= caps.step_s
                 && self.resident_bytes(&share).saturating_add(caps.free_bytes) <= self.cards[card].capacity
-                && self.sizes.prefill_flops(&share.vision) + self.sizes.prefill_flops(&share.text) <= caps.image_flops
+                && self.arithmetic_seconds(card, &share) <= caps.image_s
+    }
+
+    /// Seconds in which `card` reads what a decode step of the planned batch needs in `text`.
+    pub(crate) fn read_seconds(&self, card: usize, text: &Range<usize>) -> f64 {
+        self.step_bytes(text) as f64 / self.cards[card].bytes_per_s
+    }
+
+    /// Seconds of the arithmetic of an image prefill in `share` on `card`.
+    fn arithmetic_seconds(&self, card: usize, share: &Share) -> f64 {
+        let flops = self.sizes.prefill_flops(&share.vision) + self.sizes.prefill_flops(&share.text);
+        flops / self.cards[card].flops_per_s
     }
 
     /// Everything that a card holds which executes `share` and keeps all its weights; without the reserve.
@@ -284,17 +304,21 @@ impl Planner<'_> {
     }
 
     /// Cards of which one each is worth trying for the vision tower, where the text units go to `cards`: of cards
-    /// with the same capacity that neither begin nor end the text units, one stands for all.
+    /// with the same capacity and rates that neither begin nor end the text units, one stands for all.
     pub(crate) fn vision_candidates(&self, cards: &[usize]) -> Vec<usize> {
         let mut known = Vec::new();
         let role = |card: usize| {
             let place = cards.iter().position(|member| *member == card);
             (self.cards[card].capacity, place.is_some(), place == Some(0), place == Some(cards.len() - 1))
         };
+        let alike = |one: usize, other: usize| match (self.cards[one].device, self.cards[other].device) {
+            (Device::Gpu(one), Device::Gpu(other)) => self.links.alike(one, other),
+            _ => false,
+        };
         let mut candidates: Vec<usize> = (0..self.cards.len()).collect();
         candidates.retain(|&card| {
-            let is_new = !known.contains(&role(card));
-            known.push(role(card));
+            let is_new = !known.iter().any(|&other| role(other) == role(card) && alike(other, card));
+            known.push(card);
             is_new
         });
         candidates
@@ -303,11 +327,13 @@ impl Planner<'_> {
     /// Seconds that the host takes for a decode step of the planned batch through `text`.
     pub(crate) fn host_step_seconds(&self, text: &Range<usize>) -> f64 {
         let batch = self.sizes.limits.max_sequences as f64;
-        let (bandwidth, arithmetic) = crate::account::rates_of(&self.request.rates, Device::Cpu);
+        let links = &self.links;
+        let arithmetic = links.host_flops_per_s(self.sizes.activation_dtype);
         let hot = (self.sizes.hot_bytes(text) + self.sizes.norm_bytes(text)) as f64;
         let elements = hot / self.sizes.weight_dtype.size_bytes() as f64;
-        let reads = (hot + self.sizes.kv_bytes(text) as f64) / bandwidth;
-        reads.max(2.0 * elements * batch / arithmetic) + if text.is_empty() { 0.0 } else { self.request.rates.hop_s }
+        let reads = (hot + self.sizes.kv_bytes(text) as f64) / read_bytes_per_s(links, Device::Cpu);
+        let hop = self.cards.first().map_or(0.0, |card| links.hop_s(Device::Cpu, card.device));
+        reads.max(2.0 * elements * batch / arithmetic) + if text.is_empty() { 0.0 } else { hop }
     }
 
     /// Largest unit with all that it needs beside workspace: the grain of every cut.

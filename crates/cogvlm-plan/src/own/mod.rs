@@ -13,7 +13,9 @@ use cogvlm_core::memory::format_bytes;
 use cogvlm_core::{Device, Phase};
 
 use crate::account::{Placement, Times};
+use crate::cost::{card_flops_per_s, read_bytes_per_s};
 use crate::error::PlanError;
+use crate::links::Links;
 use crate::plan::{Plan, PlanRequest, Policy};
 use cut::{Caps, Cut, PackKey, TextRule, VisionRule};
 use pack::{Packed, Share};
@@ -53,11 +55,17 @@ pub(crate) struct Card {
     pub(crate) device: Device,
     /// Its budget without the reserve.
     pub(crate) capacity: u64,
+    /// What decoding reads.
+    pub(crate) bytes_per_s: f64,
+    /// What a prefill computes.
+    pub(crate) flops_per_s: f64,
 }
 
 /// A request, ready to be searched.
 pub(crate) struct Planner<'a> {
     request: &'a PlanRequest,
+    /// Rates of cards, whatever the numbers are: a plan for virtual ranks is one for cards.
+    links: Links,
     sizes: Sizes,
     /// In the order of their ordinals.
     cards: Vec<Card>,
@@ -76,20 +84,23 @@ impl<'a> Planner<'a> {
     fn new(request: &'a PlanRequest) -> Self {
         let sizes = request.sizes();
         let reserve_bytes = request.card_reserve_bytes(&sizes);
+        let links = request.links.of_cards();
         let mut cards = Vec::new();
         let (mut host, mut file) = (None, false);
         for budget in &request.budgets {
             match budget.device {
-                Device::Gpu(_) => {
+                Device::Gpu(ordinal) => {
                     let capacity = budget.bytes.saturating_sub(reserve_bytes).min(MOST_BYTES);
-                    cards.push(Card { device: budget.device, capacity });
+                    let bytes_per_s = read_bytes_per_s(&links, budget.device);
+                    let flops_per_s = card_flops_per_s(&links, ordinal);
+                    cards.push(Card { device: budget.device, capacity, bytes_per_s, flops_per_s });
                 }
                 Device::Cpu => host = Some(budget.bytes.min(MOST_BYTES)),
                 Device::Disk => file = true,
             }
         }
         cards.sort_by_key(|card| card.device);
-        Self { request, sizes, cards, host, file, packed: RefCell::default() }
+        Self { request, links, sizes, cards, host, file, packed: RefCell::default() }
     }
 
     fn place(&self, policy: Policy) -> Option<Settled> {
@@ -108,10 +119,10 @@ impl<'a> Planner<'a> {
             // Room first, up to the grain of a cut; then even decode work; then what room is left to gain.
             let most_free = self.most_free(&mut cut, &caps);
             caps.free_bytes = most_free.saturating_sub(self.grain_bytes());
-            caps.step_bytes = self.least_step_bytes(&mut cut, &caps);
+            caps.step_s = self.least_step_seconds(&mut cut, &caps);
         } else {
-            caps.step_bytes = self.least_step_bytes(&mut cut, &caps);
-            caps.image_flops = self.least_image_flops(&mut cut, &caps);
+            caps.step_s = self.least_step_seconds(&mut cut, &caps);
+            caps.image_s = self.least_image_seconds(&mut cut, &caps);
         }
         self.most_free(&mut cut, &caps);
         self.settle(&cut, true)
@@ -132,17 +143,22 @@ impl<'a> Planner<'a> {
         low
     }
 
-    /// The least that the slowest card can read for a decode step, exactly.
-    fn least_step_bytes(&self, cut: &mut Cut, caps: &Caps) -> u64 {
+    /// The least that the slowest card can take to read what a decode step needs, exactly.
+    fn least_step_seconds(&self, cut: &mut Cut, caps: &Caps) -> f64 {
         let (first, end) = (self.sizes.num_vision, self.sizes.units.len());
         let shares = (first..end).flat_map(|start| (start + 1..=end).map(move |end| start..end));
-        let mut candidates: Vec<u64> = shares.map(|share| self.step_bytes(&share)).collect();
-        candidates.sort_unstable();
+        // Cards of one rate give the same candidates.
+        let mut kinds: Vec<usize> = (0..self.cards.len()).collect();
+        kinds.sort_by(|&a, &b| self.cards[a].bytes_per_s.total_cmp(&self.cards[b].bytes_per_s));
+        kinds.dedup_by(|a, b| self.cards[*a].bytes_per_s == self.cards[*b].bytes_per_s);
+        let seconds = shares.flat_map(|share| kinds.iter().map(move |&card| self.read_seconds(card, &share)));
+        let mut candidates: Vec<f64> = seconds.collect();
+        candidates.sort_by(f64::total_cmp);
         candidates.dedup();
         let (mut low, mut high) = (0, candidates.len() - 1);
         while low < high {
             let middle = (low + high) / 2;
-            match self.cut_resident(&Caps { step_bytes: candidates[middle], ..*caps }) {
+            match self.cut_resident(&Caps { step_s: candidates[middle], ..*caps }) {
                 Some(better) => (*cut, high) = (better, middle),
                 None => low = middle + 1,
             }
@@ -150,13 +166,14 @@ impl<'a> Planner<'a> {
         candidates[high]
     }
 
-    /// The least arithmetic of an image prefill on the busiest card, to within a thousandth of the whole.
-    fn least_image_flops(&self, cut: &mut Cut, caps: &Caps) -> f64 {
-        let whole = self.sizes.prefill_flops(&(0..self.sizes.units.len()));
+    /// The least time of an image prefill's arithmetic on the busiest card, to within a thousandth of all on the slowest.
+    fn least_image_seconds(&self, cut: &mut Cut, caps: &Caps) -> f64 {
+        let slowest = self.cards.iter().map(|card| card.flops_per_s).fold(f64::INFINITY, f64::min);
+        let whole = self.sizes.prefill_flops(&(0..self.sizes.units.len())) / slowest;
         let (mut low, mut high) = (0.0, whole);
         while high - low > whole / 1000.0 {
             let middle = (low + high) / 2.0;
-            match self.cut_resident(&Caps { image_flops: middle, ..*caps }) {
+            match self.cut_resident(&Caps { image_s: middle, ..*caps }) {
                 Some(better) => (*cut, high) = (better, middle),
                 None => low = middle,
             }
@@ -199,7 +216,7 @@ impl<'a> Planner<'a> {
         }
         let judged = |cut: Cut| {
             let settled = self.settle(&cut, with_table)?;
-            let times = settled.placement.times(&self.sizes, &self.request.rates);
+            let times = settled.placement.times(&self.sizes, &self.links);
             Some((score(rule, &times), cut, settled))
         };
         let whole = self.vision_candidates(cards).into_iter().filter_map(|vision_on| {

@@ -6,6 +6,7 @@ use std::ops::Range;
 use cogvlm_core::workspace::{StepLimits, kv_bytes_per_layer, workspace_bytes};
 use cogvlm_core::{DType, ModelSpec, Phase, TensorSpec, Unit, WeightGroup, tensor_inventory};
 
+use crate::cost::{StepKind, unit_flops};
 use crate::plan::STAGING_ALIGN;
 
 /// Text tokens, BOS included, of the prompt with one image that predictions are made for.
@@ -82,9 +83,12 @@ impl Sizes {
             streamable.map(|group| group.staged_bytes).max().unwrap_or(0)
         };
         let mut prefill_flops = vec![0.0];
-        for &unit in &units {
-            let all_before = prefill_flops[prefill_flops.len() - 1];
-            prefill_flops.push(all_before + unit_prefill_flops(spec, unit, &inventory));
+        let image = StepKind::Prefill { has_image: true, text_tokens: IMAGE_PROMPT_TEXT_TOKENS };
+        for (index, &unit) in units.iter().enumerate() {
+            let tensors = groups[groups_of[index].clone()].iter().flat_map(|group| &group.tensors);
+            let tensors: Vec<&TensorSpec> = tensors.map(|&tensor| &inventory[tensor]).collect();
+            let (products, attention) = unit_flops(spec, unit, &tensors, image);
+            prefill_flops.push(prefill_flops[index] + products + attention);
         }
         Self {
             slot_of: (0..units.len()).map(slot_bytes).collect(),
@@ -163,6 +167,11 @@ impl Sizes {
         intersect(units, &(1..self.num_vision - 1))
     }
 
+    /// KV cache that one token adds to one decoder layer.
+    pub(crate) fn kv_bytes_per_token_and_layer(&self) -> f64 {
+        (self.spec.kv_elements_per_token() * self.activation_dtype.size_bytes()) as f64
+    }
+
     /// KV cache of the decoder layers in `units`.
     pub(crate) fn kv_bytes(&self, units: &Range<usize>) -> u64 {
         self.layers_in(units).len() as u64 * self.kv_per_layer
@@ -195,20 +204,24 @@ impl Sizes {
     /// Bytes that cross from unit `index` to the next one where they run on different devices: for one decoded
     /// token, and for one image prefill.
     pub(crate) fn hop_bytes(&self, index: usize) -> (u64, u64) {
+        let bytes = |step| self.step_hop_bytes(index, step) as u64;
+        let token = StepKind::Decode { sequences: 1.0, context_len: 0.0 };
+        (bytes(token), bytes(StepKind::Prefill { has_image: true, text_tokens: IMAGE_PROMPT_TEXT_TOKENS }))
+    }
+
+    /// Bytes that cross from unit `index` to the next one in `step`, where they run on different devices.
+    pub(crate) fn step_hop_bytes(&self, index: usize, step: StepKind) -> f64 {
         let (spec, vision) = (&self.spec, &self.spec.vision);
-        let element = self.activation_dtype.size_bytes();
-        let hidden = (spec.hidden_size * element) as u64;
-        let (per_token, rows) = match (self.units[index], self.units[index + 1]) {
+        let values = match (self.units[index], self.units[index + 1]) {
+            (unit, _) if unit.is_vision() && !step.has_image() => 0.0,
             // The adapter does not see the class token.
-            (_, Unit::Adapter) => return (0, (vision.num_patches() * vision.hidden_size * element) as u64),
-            (Unit::PatchEmbedding | Unit::VitLayer(_), _) => {
-                return (0, (vision.num_tokens() * vision.hidden_size * element) as u64);
-            }
-            (Unit::Adapter, _) => (0, spec.num_vision_tokens()),
-            (_, Unit::Head) => (hidden, 1),
-            _ => (hidden, image_prompt_tokens(spec)),
+            (_, Unit::Adapter) => (vision.num_patches() * vision.hidden_size) as f64,
+            (Unit::PatchEmbedding | Unit::VitLayer(_), _) => (vision.num_tokens() * vision.hidden_size) as f64,
+            (Unit::Adapter, _) => (spec.num_vision_tokens() * spec.hidden_size) as f64,
+            (_, Unit::Head) => step.sequences() * spec.hidden_size as f64,
+            _ => step.rows(spec) * spec.hidden_size as f64,
         };
-        (per_token, hidden * rows as u64)
+        values * self.activation_dtype.size_bytes() as f64
     }
 }
 
@@ -230,31 +243,12 @@ impl Group {
 
 /// Tokens of the prompt with one image that predictions are made for.
 pub(crate) fn image_prompt_tokens(spec: &ModelSpec) -> usize {
-    spec.num_vision_tokens() + IMAGE_PROMPT_TEXT_TOKENS
+    image_rows(spec, true) + IMAGE_PROMPT_TEXT_TOKENS
 }
 
-/// Arithmetic of one image prefill in one unit: twice the elements of each matrix for each row that it multiplies, and
-/// the attention's two products.
-pub(crate) fn unit_prefill_flops(spec: &ModelSpec, unit: Unit, inventory: &[TensorSpec]) -> f64 {
-    let (vision, tokens) = (&spec.vision, image_prompt_tokens(spec) as f64);
-    let matrices = |keep: &dyn Fn(&TensorSpec) -> bool| -> f64 {
-        let matrices = inventory.iter().filter(|tensor| tensor.unit == unit && tensor.shape.len() > 1 && keep(tensor));
-        matrices.map(|tensor| 2.0 * tensor.num_elements() as f64).sum()
-    };
-    match unit {
-        Unit::PatchEmbedding => matrices(&|tensor| tensor.shape.len() == 4) * vision.num_patches() as f64,
-        Unit::Adapter => matrices(&|_| true) * vision.num_patches() as f64,
-        Unit::VitLayer(_) => {
-            let rows = vision.num_tokens() as f64;
-            matrices(&|_| true) * rows + 4.0 * rows * rows * vision.hidden_size as f64
-        }
-        Unit::Embedding => 0.0,
-        Unit::DecoderLayer(_) => {
-            let attention = 2.0 * tokens * tokens * (spec.num_heads * spec.head_dim) as f64;
-            matrices(&|tensor| tensor.phase == Phase::EveryToken) * tokens + attention
-        }
-        Unit::Head => matrices(&|_| true),
-    }
+/// Tokens that an image adds to a prompt.
+pub(crate) fn image_rows(spec: &ModelSpec, has_image: bool) -> usize {
+    if has_image { spec.num_vision_tokens() } else { 0 }
 }
 
 /// `bytes` rounded up to where the next tensor of a staging slot begins.

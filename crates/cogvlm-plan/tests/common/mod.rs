@@ -3,8 +3,9 @@
 
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, ModelConfig, ModelSpec};
+use cogvlm_plan::links::{HostRates, Links};
 use cogvlm_plan::parse_max_memory;
-use cogvlm_plan::plan::{CUDA_RESERVE_BYTES, DeviceBudget, Plan, PlanRequest, Policy, Rates, Residency};
+use cogvlm_plan::plan::{CUDA_RESERVE_BYTES, DeviceBudget, Plan, PlanRequest, Policy, Residency};
 
 pub fn spec(name: &str) -> ModelSpec {
     ModelConfig::built_in(name).unwrap().resolve().unwrap()
@@ -25,8 +26,15 @@ pub fn request_of(model: &str, budgets: Vec<DeviceBudget>, policy: Policy, reser
         policy,
         limits: StepLimits::new(2048, 1),
         reserve_bytes,
-        rates: Rates::default(),
+        links: Links::default(),
     }
+}
+
+/// Assumed rates, but for a host that reads so many bytes per second.
+pub fn host_reading(read_bytes_per_s: f64) -> Links {
+    let assumed = Links::default();
+    let host = HostRates { read_bytes_per_s, ..*assumed.host() };
+    assumed.with_host(host)
 }
 
 /// Bytes that a decoded token takes over links, hidden states included.

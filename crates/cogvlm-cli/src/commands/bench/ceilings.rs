@@ -3,10 +3,12 @@
 use cogvlm_core::{DType, Device, Unit};
 use cogvlm_cpu::ceiling as host;
 use cogvlm_cuda::ceiling as gpu;
+use cogvlm_plan::links::{HostRates, Links};
 use cogvlm_plan::plan::Plan;
 use serde_json::{Value, json};
 
 use super::report::{flops_rate, gigabytes};
+use crate::commands::doctor::{card_rates, peer_rates};
 use crate::output::note;
 
 /// Ceilings of one device, each with what was measured.
@@ -25,22 +27,75 @@ pub(super) struct Ceilings {
 /// What the link's ceiling is.
 const LINK_BY: &str = "link: copy from pinned host memory";
 
-impl Ceilings {
+/// What a run measured of its machine.
+pub(super) struct Measured {
     /// Of the first device that executes decoder layers. `None` where it cannot be measured, which is said.
-    pub(super) fn of(plan: &Plan, on_gpus: bool, activations: DType) -> Option<Self> {
+    pub(super) ceilings: Option<Ceilings>,
+    /// Rates of all devices of the plan. `None` where one of them cannot be measured, which is said.
+    pub(super) links: Option<Links>,
+}
+
+impl Measured {
+    /// Measures every device of `plan`, and the ways between those between which something crosses.
+    pub(super) fn of(plan: &Plan, on_gpus: bool, activations: DType) -> Self {
         let decodes = |unit: &Unit| matches!(unit, Unit::DecoderLayer(_));
         let stage = plan.stages.iter().find(|stage| stage.units.iter().any(decodes));
-        match stage.map(|stage| stage.device) {
-            Some(Device::Gpu(ordinal)) if on_gpus => Self::of_gpu(ordinal),
-            _ => Some(Self::of_host(activations)),
+        let decoding = stage.map_or(Device::Cpu, |stage| stage.device);
+        let host = (!on_gpus || plan.stages.iter().any(|stage| stage.device == Device::Cpu)).then(host_rates);
+        let mut links = Links::default();
+        if let Some(host) = host {
+            links = links.with_host(host);
         }
+        if !on_gpus {
+            let ceilings = host.map(|host| Ceilings::of_host(&host, activations));
+            return Self { ceilings, links: Some(links.with_virtual_ranks()) };
+        }
+        let mut all_measured = true;
+        let mut ceilings = host.filter(|_| decoding == Device::Cpu).map(|host| Ceilings::of_host(&host, activations));
+        for planned in plan.devices.iter().filter(|planned| plan.uses(planned.device)) {
+            let Device::Gpu(ordinal) = planned.device else { continue };
+            match gpu::measure(ordinal) {
+                Ok(measured) => {
+                    links = links.with_card(ordinal, "", card_rates(&measured));
+                    if planned.device == decoding {
+                        ceilings = Some(measured.into());
+                    }
+                }
+                Err(error) => {
+                    all_measured = false;
+                    let lost = if planned.device == decoding { "shares of what" } else { "prediction by what" };
+                    note(&format!("no {lost} GPU {ordinal} could do, which cannot be measured: {error}"));
+                }
+            }
+        }
+        for link in &plan.links {
+            let (Device::Gpu(from), Device::Gpu(to)) = (link.from, link.to) else { continue };
+            match gpu::measure_pair(from, to) {
+                Ok(measured) => links = links.with_pair(from, to, peer_rates(&measured)),
+                Err(error) => {
+                    all_measured = false;
+                    note(&format!(
+                        "no prediction by what crosses from GPU {from} to {to}, which cannot be measured: {error}"
+                    ));
+                }
+            }
+        }
+        Self { ceilings, links: all_measured.then_some(links) }
     }
+}
 
-    fn of_host(activations: DType) -> Self {
+/// Rates of the host.
+fn host_rates() -> HostRates {
+    let [f32_flops_per_s, bf16_flops_per_s] = [DType::F32, DType::Bf16].map(host::flops_per_s);
+    HostRates { read_bytes_per_s: host::read_bytes_per_s(), f32_flops_per_s, bf16_flops_per_s, disk_bytes_per_s: None }
+}
+
+impl Ceilings {
+    fn of_host(rates: &HostRates, activations: DType) -> Self {
         Self {
-            bytes_per_s: host::read_bytes_per_s(),
+            bytes_per_s: rates.read_bytes_per_s,
             bytes_by: "1 GiB read by all cores".to_owned(),
-            flops_per_s: host::flops_per_s(activations),
+            flops_per_s: if activations == DType::F32 { rates.f32_flops_per_s } else { rates.bf16_flops_per_s },
             flops_by: format!("inner loop of a product in {activations}, operands in the first cache"),
             link_bytes_per_s: None,
         }

@@ -13,9 +13,10 @@ use cogvlm_backend::SamplingParams;
 use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::{DType, Device, ModelSpec};
 use cogvlm_pipeline::{Event, Image, Request, StepKind, StepReport};
+use cogvlm_plan::links::Links;
 use cogvlm_plan::plan::Plan;
 
-use self::ceilings::Ceilings;
+use self::ceilings::Measured;
 use self::report::{Decode, Load, Predicted, Report, median};
 use self::work::Work;
 use crate::args::BenchArgs;
@@ -100,15 +101,27 @@ pub(crate) fn run(args: &BenchArgs) -> CliResult {
     }
 
     let memory = memory::memory(&session);
-    let Session { engine, plan, on_gpus, source, load_time, num_threads } = session;
+    let Session { engine, plan, links, on_gpus, source, load_time, num_threads } = session;
     // What is measured next needs memory too.
     drop(engine);
     note("measuring the machine");
     let activations = DType::from(args.model.dtype);
-    let ceilings = Ceilings::of(&plan, on_gpus, activations);
+    let Measured { ceilings, links: measured_links } = Measured::of(&plan, on_gpus, activations);
     let work = Work::of(&spec, num_prompt, !args.text_only);
-    let kv_bytes = (spec.num_layers * spec.kv_elements_per_token() * activations.size_bytes()) as f64
-        * (num_prompt as f64 + args.new_tokens as f64 / 2.0);
+    let context_len = num_prompt as f64 + args.new_tokens as f64 / 2.0;
+    let kv_bytes = (spec.num_layers * spec.kv_elements_per_token() * activations.size_bytes()) as f64 * context_len;
+    let predicted = |rates: String, links: &Links| {
+        let prediction = plan.prediction(&spec, links);
+        Predicted {
+            rates,
+            prefill_s: prediction.prefill_s(!args.text_only, args.prompt_tokens + 1),
+            decode_s: measured
+                .iter()
+                .map(|(sequences, _)| prediction.decode_round_s(*sequences, context_len))
+                .collect(),
+            num_text_ranks: prediction.text_ranks().len(),
+        }
+    };
     let decode = |(sequences, runs): &(usize, Vec<Run>)| Decode {
         sequences: *sequences,
         step_s: median(runs.iter().map(|run| run.decode.step_seconds(*sequences))),
@@ -132,7 +145,8 @@ pub(crate) fn run(args: &BenchArgs) -> CliResult {
         prefill_s: of_one(|run| run.prefill),
         decode: measured.iter().map(decode).collect(),
         work,
-        predicted: Predicted { token_s: plan.seconds_per_token, image_s: plan.seconds_per_image },
+        predicted: predicted(plan.rates.clone(), &links),
+        predicted_here: measured_links.map(|links| predicted("measured in this run".to_owned(), &links)),
         ceilings,
         memory,
     };

@@ -27,7 +27,10 @@ pub(super) struct Report {
     pub(super) work: Work,
     /// For each number of sequences, that of one first.
     pub(super) decode: Vec<Decode>,
+    /// By the rates that the plan was made with.
     pub(super) predicted: Predicted,
+    /// By the rates that this run measured itself.
+    pub(super) predicted_here: Option<Predicted>,
     pub(super) ceilings: Option<Ceilings>,
     pub(super) memory: Vec<DeviceMemory>,
 }
@@ -122,23 +125,74 @@ impl Decode {
     }
 }
 
-/// What the plan expected, from rates that it assumes.
+/// What given rates predict of the work that was measured.
 pub(super) struct Predicted {
-    /// A decoded token of one sequence.
-    pub(super) token_s: f64,
-    /// The prefill of an image.
-    pub(super) image_s: f64,
+    /// Where the rates come from.
+    pub(super) rates: String,
+    /// The prefill of one prompt.
+    pub(super) prefill_s: f64,
+    /// A token of each sequence, for each number of them.
+    pub(super) decode_s: Vec<f64>,
+    /// Ranks that decode: where there are several, the sequences take turns on them.
+    pub(super) num_text_ranks: usize,
+}
+
+impl Predicted {
+    fn json(&self, report: &Report) -> Value {
+        let prefill = deviation_percent(report.prefill_s, self.prefill_s);
+        let image = |value: Option<f64>| value.filter(|_| report.has_image);
+        let steps = report.decode.iter().zip(&self.decode_s);
+        let steps: Vec<Value> = steps
+            .map(|(decode, &step_s)| {
+                json!({
+                    "sequences": decode.sequences, "ms_per_step": step_s * 1e3,
+                    "tokens_per_s": decode.sequences as f64 / step_s,
+                    "deviation_percent": deviation_percent(decode.step_s, step_s),
+                })
+            })
+            .collect();
+        json!({
+            "rates": self.rates,
+            "decode_ms": self.decode_s[0] * 1e3, "decode_deviation_percent": steps[0]["deviation_percent"],
+            "image_ms": image(Some(self.prefill_s * 1e3)), "image_deviation_percent": image(prefill),
+            "prefill_ms": self.prefill_s * 1e3, "prefill_deviation_percent": prefill,
+            "decode": steps,
+        })
+    }
+
+    /// `   predicted 8.00 ms: +25 %`, behind the measured time of a prefill.
+    fn beside_prefill(&self, report: &Report) -> String {
+        beside(self.prefill_s, deviation_percent(report.prefill_s, self.prefill_s), "")
+    }
+
+    /// The same behind a decode step, with the tokens per second of sequences that take turns.
+    fn beside_decode(&self, decode: &Decode, step_s: f64) -> String {
+        let rate = decode.sequences as f64 / step_s;
+        let rate = if self.num_text_ranks > 1 { format!(", {rate:.0} tokens/s") } else { String::new() };
+        beside(step_s, deviation_percent(decode.step_s, step_s), &rate)
+    }
+
+    /// All of it in a few lines.
+    fn text(&self, report: &Report) -> String {
+        let part = |what: String, seconds: f64, measured: f64| {
+            let off = deviation_percent(measured, seconds).map(|off| format!(": {off:+.0} %")).unwrap_or_default();
+            format!("{what} {:.2} ms{off}", seconds * 1e3)
+        };
+        let steps = report.decode.iter().zip(&self.decode_s);
+        let steps = steps.map(|(decode, &step_s)| part(format!("decode {}", decode.sequences), step_s, decode.step_s));
+        let prefill = part("prefill".to_owned(), self.prefill_s, report.prefill_s);
+        let parts: Vec<String> = std::iter::once(prefill).chain(steps).collect();
+        let lines: Vec<String> = parts.chunks(4).map(|parts| format!("            {}", parts.join(", "))).collect();
+        format!("  predicted by rates {}:\n{}", self.rates, lines.join("\n"))
+    }
+}
+
+/// A predicted time behind the measured one.
+fn beside(seconds: f64, deviation: Option<f64>, more: &str) -> String {
+    deviation.map_or_else(String::new, |off| format!("   predicted {:.2} ms{more}: {off:+.0} %", seconds * 1e3))
 }
 
 impl Report {
-    fn token_deviation(&self) -> Option<f64> {
-        deviation_percent(self.decode[0].step_s, self.predicted.token_s)
-    }
-
-    fn image_deviation(&self) -> Option<f64> {
-        if self.has_image { deviation_percent(self.prefill_s, self.predicted.image_s) } else { None }
-    }
-
     fn share_of_flops(&self, rate: f64) -> Option<f64> {
         self.ceilings.as_ref().map(|ceilings| rate / ceilings.flops_per_s)
     }
@@ -175,10 +229,8 @@ impl Report {
                 "flops_per_s": prefill, "share_of_ceiling": self.share_of_flops(prefill),
             },
             "decode": self.decode.iter().map(|decode| decode.json(&self.decode[0], ceilings)).collect::<Vec<_>>(),
-            "predicted": {
-                "decode_ms": self.predicted.token_s * 1e3, "decode_deviation_percent": self.token_deviation(),
-                "image_ms": self.predicted.image_s * 1e3, "image_deviation_percent": self.image_deviation(),
-            },
+            "predicted": self.predicted.json(self),
+            "predicted_by_measured_rates": self.predicted_here.as_ref().map(|predicted| predicted.json(self)),
             "ceiling": ceilings.map(Ceilings::json),
             "memory": memory,
         })
@@ -187,9 +239,6 @@ impl Report {
     pub(super) fn text(&self) -> String {
         let ceilings = self.ceilings.as_ref();
         let arithmetic = |rate: f64| format!("{:>15}{}", flops_rate(rate), percent(self.share_of_flops(rate)));
-        let predicted = |seconds: f64, deviation: Option<f64>| {
-            deviation.map(|deviation| format!("   predicted {:.2} ms: {deviation:+.0} %", seconds * 1e3))
-        };
         let mut lines = vec![
             format!(
                 "{} in {} on {}, {} prompt tokens, medians of {}",
@@ -207,13 +256,16 @@ impl Report {
             self.prefill_s * 1e3,
             self.num_prompt as f64 / self.prefill_s,
             arithmetic(self.prefill_rate()),
-            predicted(self.predicted.image_s, self.image_deviation()).unwrap_or_default()
+            self.predicted.beside_prefill(self)
         ));
-        lines.extend(self.decode.iter().enumerate().map(|(index, decode)| {
-            let of_one = predicted(self.predicted.token_s, self.token_deviation()).filter(|_| index == 0);
-            decode.text(&self.decode[0], ceilings) + &of_one.unwrap_or_default()
+        lines.extend(self.decode.iter().zip(&self.predicted.decode_s).map(|(decode, &step_s)| {
+            decode.text(&self.decode[0], ceilings) + &self.predicted.beside_decode(decode, step_s)
         }));
         lines.extend(ceilings.map(Ceilings::text));
+        if !self.predicted.rates.is_empty() {
+            lines.push(format!("  predicted above by rates {}", self.predicted.rates));
+        }
+        lines.extend(self.predicted_here.as_ref().map(|predicted| predicted.text(self)));
         lines.extend(self.memory.iter().map(DeviceMemory::text));
         lines.join("\n")
     }
@@ -254,6 +306,10 @@ mod tests {
         assert!((number / expected - 1.0).abs() < 1e-9, "{number} for {expected}");
     }
 
+    fn predicted(rates: &str, num_text_ranks: usize) -> Predicted {
+        Predicted { rates: rates.to_owned(), prefill_s: 0.1, decode_s: vec![0.008, 0.02], num_text_ranks }
+    }
+
     fn report() -> Report {
         let load = Load {
             seconds: 2.0,
@@ -279,7 +335,12 @@ mod tests {
             decode: [(1, 0.010, 15e9), (4, 0.016, 18e9)]
                 .map(|(sequences, step_s, bytes)| Decode { sequences, step_s, prefill_s: 0.05, bytes })
                 .into(),
-            predicted: Predicted { token_s: 0.008, image_s: 0.1 },
+            predicted: predicted("assumed", 1),
+            predicted_here: Some(Predicted {
+                prefill_s: 0.04,
+                decode_s: vec![0.0125, 0.02],
+                ..predicted("measured", 1)
+            }),
             ceilings: Some(example()),
             memory: Vec::new(),
         }
@@ -307,6 +368,12 @@ mod tests {
             ("/decode/1/share_of_ceiling", 0.375),
             ("/predicted/decode_deviation_percent", 25.0),
             ("/predicted/image_deviation_percent", -50.0),
+            ("/predicted/prefill_deviation_percent", -50.0),
+            ("/predicted/decode/1/ms_per_step", 20.0),
+            ("/predicted/decode/1/tokens_per_s", 200.0),
+            ("/predicted/decode/1/deviation_percent", -20.0),
+            ("/predicted_by_measured_rates/decode_deviation_percent", -20.0),
+            ("/predicted_by_measured_rates/image_deviation_percent", 25.0),
         ] {
             near(json.pointer(place).unwrap_or_else(|| panic!("{place}: {json}")), expected);
         }
@@ -320,21 +387,32 @@ mod tests {
         assert!(line("prefill").contains("300.0 TFLOP/s =  50 %   predicted 100.00 ms: -50 %"), "{text}");
         assert!(line("decode 1").contains("1500.0 GB/s =  50 %   predicted 8.00 ms: +25 %"), "{text}");
         assert!(line("decode 4").contains("250.0 tokens/s x  2.50"), "{text}");
-        assert!(!line("decode 4").contains("predicted"), "the prediction is of one sequence: {text}");
+        assert!(line("decode 4").ends_with("predicted 20.00 ms: -20 %"), "{text}");
+        assert!(text.contains("\n  predicted above by rates assumed\n  predicted by rates measured:\n"), "{text}");
+        let all = "            prefill 40.00 ms: +25 %, decode 1 12.50 ms: -20 %, decode 4 20.00 ms: -20 %";
+        assert!(text.ends_with(all), "{text}");
         assert!(text.lines().all(|line| line.len() <= 120), "{text}");
+    }
+
+    /// On several ranks sequences take turns: what they make together is predicted too.
+    #[test]
+    fn throughput_of_several_ranks_is_predicted() {
+        let text = Report { predicted: predicted("assumed", 2), ..report() }.text();
+        assert!(text.contains("predicted 20.00 ms, 200 tokens/s: -20 %"), "{text}");
     }
 
     #[test]
     fn shares_are_left_out_where_nothing_measured_them() {
-        let report = Report { ceilings: None, has_image: false, ..report() };
+        let report = Report { ceilings: None, predicted_here: None, has_image: false, ..report() };
         let json = report.json();
         for place in ["/ceiling", "/load/share_of_ceiling", "/decode/0/share_of_ceiling", "/prefill/share_of_ceiling"] {
             assert_eq!(json.pointer(place), Some(&Value::Null), "{place}");
         }
         assert_eq!(json["predicted"]["image_deviation_percent"], Value::Null, "no image");
+        assert_eq!(json["predicted_by_measured_rates"], Value::Null);
         let text = report.text();
         assert!(!text.contains("measured") && !text.contains("vision"), "{text}");
-        assert_eq!(text.matches(" %").count(), 1, "the deviation of decoding alone: {text}");
+        assert_eq!(text.matches(" %").count(), 3, "deviations alone: {text}");
     }
 
     #[test]

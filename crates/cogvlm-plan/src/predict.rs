@@ -1,0 +1,59 @@
+//! Predictions for work other than what was planned for: what `bench` holds measured times against.
+
+use cogvlm_core::{Device, ModelSpec};
+
+use crate::account::Placement;
+use crate::cost::StepKind;
+use crate::links::Links;
+use crate::own::sizes::Sizes;
+use crate::plan::Plan;
+
+/// Predicted times of a plan under given rates.
+pub struct Prediction {
+    sizes: Sizes,
+    placement: Placement,
+    links: Links,
+}
+
+impl Plan {
+    /// What the rates of `links` predict of this plan, which is one of the model of `spec`.
+    pub fn prediction(&self, spec: &ModelSpec, links: &Links) -> Prediction {
+        let sizes = Sizes::new(spec, self.weight_dtype, self.activation_dtype, self.limits);
+        let stages = self.stages.iter();
+        let executes_on = stages.flat_map(|stage| std::iter::repeat_n(stage.device, stage.units.len())).collect();
+        let residency = self.placements.iter().map(|placement| placement.residency).collect();
+        Prediction { sizes, placement: Placement { executes_on, residency }, links: links.clone() }
+    }
+}
+
+impl Prediction {
+    /// Seconds of a decode step of `sequences` sequences, each with `context_len` tokens in its KV cache, through all
+    /// stages in turn: how long one of them waits for a token where nothing else is under way.
+    pub fn decode_step_s(&self, sequences: usize, context_len: f64) -> f64 {
+        let step = StepKind::Decode { sequences: sequences as f64, context_len };
+        self.placement.step(&self.sizes, &self.links, step).seconds
+    }
+
+    /// Seconds in which each of `sequences` sequences gets a token, all decoded at once. Where several ranks compute text,
+    /// the sequences are decoded in as many groups, which take turns: a round of them takes as long as the slowest rank
+    /// takes for one group, times the groups. Where one rank computes all text it is a decode step.
+    pub fn decode_round_s(&self, sequences: usize, context_len: f64) -> f64 {
+        self.placement.round_s(&self.sizes, &self.links, sequences as f64, context_len)
+    }
+
+    /// Tokens per second of all `sequences` together.
+    pub fn tokens_per_s(&self, sequences: usize, context_len: f64) -> f64 {
+        sequences as f64 / self.decode_round_s(sequences, context_len)
+    }
+
+    /// Ranks that compute text.
+    pub fn text_ranks(&self) -> Vec<Device> {
+        self.placement.text_ranks(&self.sizes).into_iter().collect()
+    }
+
+    /// Seconds of the prefill of one prompt of `text_tokens` tokens, BOS included, beside those of an image where it has
+    /// one.
+    pub fn prefill_s(&self, has_image: bool, text_tokens: usize) -> f64 {
+        self.placement.step(&self.sizes, &self.links, StepKind::Prefill { has_image, text_tokens }).seconds
+    }
+}

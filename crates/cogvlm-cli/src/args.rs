@@ -57,8 +57,8 @@ pub(crate) struct PlacementArgs {
     /// Sequences that memory is planned for [default: 1].
     #[arg(long, value_name = "N")]
     pub(crate) batch: Option<usize>,
-    /// Rates of the machine, as `doctor --json` writes them: what predicted times rest on, and what goes where [default:
-    /// those recorded of a GPU of this name, else those of 24 GB cards in a desktop].
+    /// Rates of the machine, as `doctor --json` writes them: what predicted times rest on, and what goes where
+    /// [default: those recorded of a GPU of this name, else those of 24 GB cards in a desktop].
     #[arg(long, value_name = "FILE")]
     pub(crate) links: Option<PathBuf>,
 }

@@ -22,7 +22,8 @@ const BODIES: [(&str, &str, &str); 18] = [
     (
         "cuDevicePrimaryCtxRetain",
         "void **context, int device",
-        "*context = (void *)(long)(1 + device); return device == number(\"FAKE_SOUND\", -1) ? 0 : number(\"FAKE_RETAIN\", 0);",
+        "*context = (void *)(long)(1 + device);\
+         return device == number(\"FAKE_SOUND\", -1) ? 0 : number(\"FAKE_RETAIN\", 0);",
     ),
     (
         "cuMemGetInfo_v2",

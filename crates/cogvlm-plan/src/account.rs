@@ -170,9 +170,9 @@ impl Placement {
     }
 
     /// Seconds in which each of `sequences` sequences gets a token, where all of them are decoded at once. They form as
-    /// many groups as ranks compute text, and the groups take turns: while one rank computes one group, the next computes
-    /// another. Every rank reads its weights for each group. So a round of all groups takes as long as the slowest
-    /// device takes for one of them, times their number, and no less than one group takes through all stages.
+    /// many groups as ranks compute text, and the groups take turns: while one rank computes one group, the next one
+    /// computes another. Every rank reads its weights for each group. So a round of all groups takes as long as the
+    /// slowest device takes for one of them, times their number, and no less than one group takes through all stages.
     pub(crate) fn round_s(&self, sizes: &Sizes, links: &Links, sequences: f64, context_len: f64) -> f64 {
         let groups = (self.text_ranks(sizes).len() as f64).min(sequences).max(1.0);
         let of_group = self.step(sizes, links, StepKind::Decode { sequences: sequences / groups, context_len });

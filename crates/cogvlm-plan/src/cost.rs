@@ -20,8 +20,8 @@ const FEW_ROWS: f64 = 16.0;
 const CARD_PRODUCT_SHARE: f64 = 0.70;
 /// Of the same, reached by attention over many rows: 26 and 30 % on an H100.
 const CARD_ATTENTION_SHARE: f64 = 0.27;
-/// Seconds between the operations of a unit: seven launches of 1.1 us, as a replayed graph makes them. What an H100 takes
-/// for a token beyond its reads.
+/// Seconds between the operations of a unit: seven launches of 1.1 us, as a replayed graph makes them. What an H100
+/// takes for a token beyond its reads.
 const CARD_UNIT_S: f64 = 8e-6;
 /// Of what all cores of the host read, reached by decoding: 82 % on 16 cores, 81 % (bf16) and 70 % (f32) on two.
 const HOST_READ_SHARE: f64 = 0.80;
@@ -88,8 +88,8 @@ pub(crate) struct UnitWork {
     pub(crate) attention_flops: f64,
 }
 
-/// Operations of `unit`, which has `tensors`, in `step`, of its matrices and of attention: twice the elements of each matrix for each row that it multiplies, and the two products
-/// of attention. Both experts of a layer are alike, so that each row counts once, with either.
+/// Operations of `unit`, which has `tensors`, in `step`: of its matrices, twice the elements of each for each row that it
+/// multiplies, and of the two products of attention. Both experts of a layer are alike: a row counts once, with either.
 pub(crate) fn unit_flops(spec: &ModelSpec, unit: Unit, tensors: &[&TensorSpec], step: StepKind) -> (f64, f64) {
     let vision = &spec.vision;
     let matrices = |keep: &dyn Fn(&TensorSpec) -> bool| -> f64 {

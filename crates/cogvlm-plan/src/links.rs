@@ -69,8 +69,8 @@ pub struct MeasuredOn {
     pub cuda: Option<String>,
 }
 
-/// Rates of a machine: of the host, of each card, of each pair of cards. What predictions rest on, and the choice between
-/// streaming and computing on the host. Devices that nobody measured have assumed rates.
+/// Rates of a machine: of the host, of each card, of each pair of cards. What predictions rest on, and the choice
+/// between streaming and computing on the host. Devices that nobody measured have assumed rates.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Links {
     host: (HostRates, Source),
@@ -85,7 +85,8 @@ const ASSUMED_HOST: HostRates =
     HostRates { read_bytes_per_s: 40e9, f32_flops_per_s: 1e12, bf16_flops_per_s: 1e12, disk_bytes_per_s: None };
 /// Its disk.
 const ASSUMED_DISK_BYTES_PER_S: f64 = 2e9;
-/// A 24 GB card of the 2020s on PCIe 4.0 x16: about 85 % of its data sheet's bandwidths, 70 % of its dense bf16 arithmetic.
+/// A 24 GB card of the 2020s on PCIe 4.0 x16: about 85 % of its data sheet's bandwidths, 70 % of its dense bf16
+/// arithmetic.
 const ASSUMED_CARD: CardRates = CardRates {
     copy_bytes_per_s: 800e9,
     product_flops_per_s: 50e12,

@@ -34,9 +34,9 @@ impl Prediction {
         self.placement.step(&self.sizes, &self.links, step).seconds
     }
 
-    /// Seconds in which each of `sequences` sequences gets a token, all decoded at once. Where several ranks compute text,
-    /// the sequences are decoded in as many groups, which take turns: a round of them takes as long as the slowest rank
-    /// takes for one group, times the groups. Where one rank computes all text it is a decode step.
+    /// Seconds in which each of `sequences` sequences gets a token, all decoded at once. Where several ranks compute
+    /// text, the sequences are decoded in as many groups, which take turns: a round of them takes as long as the slowest
+    /// rank takes for one group, times the groups. Where one rank computes all text it is a decode step.
     pub fn decode_round_s(&self, sequences: usize, context_len: f64) -> f64 {
         self.placement.round_s(&self.sizes, &self.links, sequences as f64, context_len)
     }
@@ -51,8 +51,8 @@ impl Prediction {
         self.placement.text_ranks(&self.sizes).into_iter().collect()
     }
 
-    /// Seconds of the prefill of one prompt of `text_tokens` tokens, BOS included, beside those of an image where it has
-    /// one.
+    /// Seconds of the prefill of one prompt of `text_tokens` tokens, BOS included, beside those of an image where it
+    /// has one.
     pub fn prefill_s(&self, has_image: bool, text_tokens: usize) -> f64 {
         self.placement.step(&self.sizes, &self.links, StepKind::Prefill { has_image, text_tokens }).seconds
     }

@@ -202,8 +202,8 @@ impl Cuda {
             ));
             match rates {
                 Some(Ok(rates)) => lines.push(format!(
-                    "          copies {:.0} GB/s, multiplies {:.0} TFLOP/s by {}; {:.1} GB/s from the host, {:.1} to it, \
-                     a row in {:.0} us (measured now)",
+                    "          copies {:.0} GB/s, multiplies {:.0} TFLOP/s by {}; \
+                     {:.1} GB/s from the host, {:.1} to it, a row in {:.0} us (measured now)",
                     rates.copy_bytes_per_s / 1e9,
                     rates.gemm_flops_per_s / 1e12,
                     rates.gemm_by,

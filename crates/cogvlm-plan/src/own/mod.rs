@@ -166,7 +166,8 @@ impl<'a> Planner<'a> {
         candidates[high]
     }
 
-    /// The least time of an image prefill's arithmetic on the busiest card, to within a thousandth of all on the slowest.
+    /// The least time of an image prefill's arithmetic on the busiest card, to within a thousandth of all of it on the
+    /// slowest.
     fn least_image_seconds(&self, cut: &mut Cut, caps: &Caps) -> f64 {
         let slowest = self.cards.iter().map(|card| card.flops_per_s).fold(f64::INFINITY, f64::min);
         let whole = self.sizes.prefill_flops(&(0..self.sizes.units.len())) / slowest;

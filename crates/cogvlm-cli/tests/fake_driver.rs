@@ -16,7 +16,11 @@ const BODIES: [(&str, &str, &str); 18] = [
     ("cuDriverGetVersion", "int *version", "*version = number(\"FAKE_VERSION\", 13000); return 0;"),
     ("cuDeviceGetCount", "int *count", "*count = number(\"FAKE_COUNT\", 2); return 0;"),
     ("cuDeviceGet", "int *device, int ordinal", "*device = ordinal; return 0;"),
-    ("cuDeviceGetName", "char *name, int length, int device", "snprintf(name, length, \"Fake GPU\"); return 0;"),
+    (
+        "cuDeviceGetName",
+        "char *name, int length, int device",
+        "const char *known = getenv(\"FAKE_NAME\"); snprintf(name, length, \"%s\", known ? known : \"Fake GPU\"); return 0;",
+    ),
     ("cuDeviceGetAttribute", "int *value, int which, int device", "*value = which == 75 ? 8 : 0; return 0;"),
     ("cuDeviceTotalMem_v2", "size_t *bytes, int device", "*bytes = number(\"FAKE_TOTAL\", 80L << 30); return 0;"),
     (
@@ -304,6 +308,14 @@ fn plans_are_made_for_the_gpus_that_there_are() {
     assert_refusal(&outcome, 1, "plan --backend cuda");
     assert!(outcome.stderr.contains("--max-memory"), "{}", outcome.stderr);
     if cogvlm_cuda::is_built_in() {
+        // A GPU of a kind that was measured is known by its name.
+        let flags = ["plan", "--json", "--max-memory", "0:60GiB"];
+        let rates = |name| {
+            let plan: Value = serde_json::from_str(&run(driver.path(), &[("FAKE_NAME", name)], &flags).stdout).unwrap();
+            plan["predicted_with"].as_str().unwrap().to_owned()
+        };
+        assert_eq!(rates("NVIDIA H100 80GB HBM3"), "recorded of an NVIDIA H100 80GB HBM3 (`0`)");
+        assert_eq!(rates("NVIDIA Z9"), "assumed of a 24 GB card on PCIe 4.0 (`0`)");
         for backend in ["cuda", "auto"] {
             // One of the two holds everything.
             assert_eq!(reserved(driver.path(), &["--backend", backend]), [("0".to_owned(), 600)]);

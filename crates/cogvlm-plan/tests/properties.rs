@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use cogvlm_core::memory::MIB;
 use cogvlm_core::workspace::{StepLimits, kv_bytes_per_layer, workspace_bytes};
 use cogvlm_core::{DType, Device, Phase, Unit, WeightGroup, tensor_inventory};
-use cogvlm_plan::links::Links;
+use cogvlm_plan::links::{CardRates, HostRates, Links, PeerRates};
 use cogvlm_plan::plan::{DeviceBudget, Plan, PlanRequest, Policy, Residency, STAGING_ALIGN, STAGING_SLOTS};
 use cogvlm_plan::{PlanError, plan};
 use common::{host_reading, request_of, streamed_token_bytes, token_bytes};
@@ -66,6 +66,33 @@ fn requests() -> impl Strategy<Value = PlanRequest> {
             request.activation_dtype = DType::F32;
         }
         request
+    })
+}
+
+/// Rates of a machine, however odd: any that a file may have, of some cards and some ways between them.
+fn links() -> impl Strategy<Value = Links> {
+    let rate = || (0.0..20.9_f64).prop_map(|digits| 10_f64.powf(digits));
+    let card = (rate(), rate(), rate(), rate(), 0.0..1.0_f64);
+    let pair = (0_u32..4, 0_u32..4, rate(), 0.0..1.0_f64);
+    let (cards, pairs) = (prop::collection::vec(card, 0..4), prop::collection::vec(pair, 0..4));
+    ((rate(), rate(), rate()), cards, pairs, any::<bool>()).prop_map(|(host, cards, pairs, virtual_ranks)| {
+        let (read_bytes_per_s, f32_flops_per_s, bf16_flops_per_s) = host;
+        let host = HostRates { read_bytes_per_s, f32_flops_per_s, bf16_flops_per_s, disk_bytes_per_s: None };
+        let mut links = Links::default().with_host(host);
+        for (ordinal, (copy, product, from_host, to_host, host_hop_s)) in cards.into_iter().enumerate() {
+            let rates = CardRates {
+                copy_bytes_per_s: copy,
+                product_flops_per_s: product,
+                from_host_bytes_per_s: from_host,
+                to_host_bytes_per_s: to_host,
+                host_hop_s,
+            };
+            links = links.with_card(ordinal as u32, "card", rates);
+        }
+        for (from, to, bytes_per_s, hop_s) in pairs {
+            links = links.with_pair(from, to, PeerRates { peer_access: true, bytes_per_s, hop_s });
+        }
+        if virtual_ranks { links.with_virtual_ranks() } else { links }
     })
 }
 
@@ -157,7 +184,8 @@ proptest! {
     }
 
     #[test]
-    fn plans_survive_json_and_repeat_to_the_byte(request in requests()) {
+    fn plans_survive_json_and_repeat_to_the_byte(request in requests(), links in links()) {
+        let request = PlanRequest { links, ..request };
         if let Some(first) = planned(&request)? {
             let text = first.to_json();
             let read = Plan::from_json(&text, &request.spec).map_err(|error| TestCaseError::fail(error.to_string()))?;

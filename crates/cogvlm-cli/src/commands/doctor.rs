@@ -95,15 +95,21 @@ impl Cuda {
         let module = module.as_deref().and_then(|text| text.lines().next()).map(str::to_owned);
         let found = cogvlm_cuda::usable_devices();
         let no_device = found.as_ref().err().cloned();
-        let look = |info: DeviceInfo| {
-            let memory = Context::open(info.ordinal).and_then(|context| context.memory());
+        // Kept open until all is measured: opening a GPU takes longer than measuring it.
+        let mut open = Vec::new();
+        let mut look = |info: DeviceInfo| {
+            let memory = Context::open(info.ordinal).and_then(|context| {
+                let memory = context.memory();
+                open.push(context);
+                memory
+            });
             let rates = (measures && memory.is_ok()).then(|| {
                 note(&format!("measuring GPU {}: a few seconds", info.ordinal));
                 gpu::measure(info.ordinal)
             });
             Gpu { info, memory, rates }
         };
-        let gpus: Vec<Gpu> = found.into_iter().flatten().map(look).collect();
+        let gpus: Vec<Gpu> = found.into_iter().flatten().map(&mut look).collect();
         let measured: Vec<u32> =
             gpus.iter().filter(|gpu| matches!(gpu.rates, Some(Ok(_)))).map(|gpu| gpu.info.ordinal).collect();
         let ways = measured.iter().flat_map(|&from| measured.iter().map(move |&to| (from, to)));

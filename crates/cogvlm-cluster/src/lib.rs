@@ -2,7 +2,7 @@
 //!
 //! [`membership`] says who this process is, from what its launcher set; [`join`] meets the others at process 0;
 //! [`Control`] carries messages between process 0 and the others and notices when one of them dies or stalls; [`Wire`]
-//! carries rows between any two of them. When one process ends before its time,
+//! carries rows between any two of them, and [`nccl`] does so between GPUs. When one process ends before its time,
 //! every call of every other one returns within seconds with one [`Failure`] that names it.
 //!
 //! Nothing here is authenticated or encrypted: all of it belongs on a network that is trusted.
@@ -15,6 +15,8 @@ mod error;
 mod frame;
 mod link;
 pub mod membership;
+#[expect(unsafe_code, reason = "calls functions of a C library through pointers")]
+pub mod nccl;
 pub mod rendezvous;
 mod watch;
 

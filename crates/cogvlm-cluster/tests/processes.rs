@@ -1,13 +1,14 @@
 //! Real processes over loopback: they meet, work, and end together when one of them dies, stalls or fails.
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::process::{Child, Command, Stdio};
+mod common;
+
+use std::io::Write;
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use cogvlm_cluster::{
-    ClusterError, Config, Control, Explicit, Options, TcpWire, Wire, join, membership, membership::Variables,
-};
+use cogvlm_cluster::membership::Variables;
+use cogvlm_cluster::{ClusterError, Config, Control, Explicit, Options, TcpWire, Wire, join, membership};
+use common::{Process, free_port, place, say, soon};
 
 /// Longest that any process may live on after one of them failed: the promise is 5 s, of which 1.5 s are for noticing
 /// silence where tests ask for that.
@@ -27,12 +28,6 @@ fn process() {
         Ok(()) => say("end: well"),
         Err(error) => say(&format!("end: {error}")),
     }
-}
-
-/// A line that survives however the process ends.
-fn say(line: &str) {
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "\n# {line}").and_then(|()| out.flush()).expect("the test reads what its processes print");
 }
 
 fn run(job: &str, variables: &Variables) -> Result<(), ClusterError> {
@@ -167,91 +162,6 @@ fn order(control: &Control, wire: &TcpWire) -> Result<(), ClusterError> {
 
 // ── the tests ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/// A process that was started, and all that it prints.
-struct Process {
-    child: Child,
-    output: std::sync::Arc<std::sync::Mutex<String>>,
-    reader: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Process {
-    fn start(job: &str, variables: &[(&str, String)]) -> Self {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["process", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
-        // Whatever runs the tests may itself be a process of something.
-        for (name, _) in std::env::vars_os() {
-            let name = name.to_string_lossy().into_owned();
-            if ["RANK", "WORLD_SIZE", "SLURM_", "OMPI_", "PMI", "COGVLM_", "MASTER_", "JOB_COMPLETION", "TORCHELASTIC"]
-                .iter()
-                .any(|prefix| name.starts_with(prefix))
-            {
-                command.env_remove(name);
-            }
-        }
-        command.env("TEST_JOB", job).envs(variables.iter().map(|(name, value)| (name, value)));
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-        let output = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
-        let (mut stdout, shared) = (child.stdout.take().unwrap(), std::sync::Arc::clone(&output));
-        let reader = std::thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            while let Ok(count @ 1..) = stdout.read(&mut buffer) {
-                shared.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..count]));
-            }
-        });
-        Self { child, output, reader: Some(reader) }
-    }
-
-    fn output(&self) -> String {
-        self.output.lock().unwrap().clone()
-    }
-
-    fn wait_for(&self, words: &str) {
-        let start = Instant::now();
-        while !self.output().contains(words) {
-            assert!(start.elapsed() < Duration::from_secs(20), "no `{words}` in {}", self.output());
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    fn signal(&self, signal: &str) {
-        let status = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
-        assert!(status.success());
-    }
-
-    /// How it ended, which is before `deadline`.
-    fn end(&mut self, deadline: Instant) -> String {
-        while self.child.try_wait().unwrap().is_none() {
-            assert!(Instant::now() < deadline, "still running: {}", self.output());
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        self.reader.take().unwrap().join().unwrap();
-        let output = self.output();
-        let end = output.lines().filter_map(|line| line.strip_prefix("# end: ")).next_back();
-        end.unwrap_or_else(|| panic!("it ended without a word: {output}")).to_owned()
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-fn place(rank: usize, size: usize, port: u16) -> Vec<(&'static str, String)> {
-    vec![
-        ("RANK", rank.to_string()),
-        ("WORLD_SIZE", size.to_string()),
-        ("MASTER_ADDR", "127.0.0.1".to_owned()),
-        ("MASTER_PORT", port.to_string()),
-        ("COGVLM_CLUSTER_TIMEOUT_S", "15".to_owned()),
-    ]
-}
-
 fn start_all(job: &str, more: &[(&'static str, &str)]) -> Vec<Process> {
     let port = free_port();
     let start = |rank| {
@@ -260,10 +170,6 @@ fn start_all(job: &str, more: &[(&'static str, &str)]) -> Vec<Process> {
         Process::start(job, &variables)
     };
     (0..SIZE).map(start).collect()
-}
-
-fn soon(seconds: u64) -> Instant {
-    Instant::now() + Duration::from_secs(seconds)
 }
 
 /// All but `gone` end in time with one and the same message, which begins as given.

@@ -356,3 +356,94 @@ fn who_does_not_come_is_named() {
     assert_eq!(zero.end(soon(5)), missing);
     assert_eq!(one.end(soon(5)), format!("process 0 at 127.0.0.1:{port} gave up: {missing}"));
 }
+
+// ── with what clusters have ─────────────────────────────────────────────────────────────────────────────────────────
+
+/// Two processes that a launcher starts find each other by what it sets.
+fn assert_launches(launcher: &[&str], variables: &[(&str, String)]) {
+    let mut all = Process::start_by(launcher, "ring", variables);
+    all.end(soon(60));
+    let output = all.output();
+    assert_eq!(output.matches("# end: well").count(), 2, "{output}");
+}
+
+#[test]
+#[ignore = "needs Open MPI's mpirun"]
+fn started_by_open_mpi() {
+    assert_launches(&["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"], &[]);
+    let coordinator = format!("127.0.0.1:{}", free_port());
+    let launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", "-x", "COGVLM_COORDINATOR"];
+    assert_launches(&launcher, &[("COGVLM_COORDINATOR", coordinator)]);
+}
+
+#[test]
+#[ignore = "needs mpiexec.hydra of MPICH or Intel MPI"]
+fn started_by_mpich() {
+    assert_launches(&["mpiexec.hydra", "-n", "2"], &[]);
+}
+
+#[test]
+#[ignore = "needs srun and two nodes that resolve"]
+fn started_by_slurm() {
+    assert_launches(&["srun", "-N2", "-n2"], &[]);
+}
+
+/// Two network namespaces, as two hosts, joined by a cable.
+struct TwoHosts([String; 2]);
+
+impl TwoHosts {
+    fn new() -> Self {
+        let names = [0, 1].map(|host| format!("cogvlm{}h{host}", std::process::id() % 100_000));
+        let hosts = Self(names);
+        let [a, b] = &hosts.0;
+        for name in [a, b] {
+            run_ip(&format!("netns add {name}"));
+            run_ip(&format!("-n {name} link set lo up"));
+        }
+        run_ip(&format!("link add veth0 netns {a} type veth peer name veth0 netns {b}"));
+        for (host, name) in [a, b].into_iter().enumerate() {
+            run_ip(&format!("-n {name} addr add 10.77.0.{}/24 dev veth0", host + 1));
+            run_ip(&format!("-n {name} link set veth0 up"));
+        }
+        hosts
+    }
+
+    fn start(&self, host: usize, job: &str, more: &[(&'static str, &str)]) -> Process {
+        let mut variables = place(host, 2, 29_650);
+        variables.retain(|(name, _)| *name != "MASTER_ADDR");
+        variables.push(("MASTER_ADDR", "10.77.0.1".to_owned()));
+        variables.extend(more.iter().map(|(name, value)| (*name, (*value).to_owned())));
+        Process::start_by(&["ip", "netns", "exec", &self.0[host]], job, &variables)
+    }
+}
+
+impl Drop for TwoHosts {
+    fn drop(&mut self) {
+        for name in &self.0 {
+            drop(std::process::Command::new("ip").args(["netns", "del", name]).status());
+        }
+    }
+}
+
+fn run_ip(words: &str) {
+    let status = std::process::Command::new("ip").args(words.split(' ')).status().unwrap();
+    assert!(status.success(), "ip {words}");
+}
+
+#[test]
+#[ignore = "needs root, to make network namespaces"]
+fn two_hosts_work_and_notice_a_pulled_cable() {
+    let hosts = TwoHosts::new();
+    for process in &mut [0, 1].map(|host| hosts.start(host, "ring", &[])) {
+        assert_eq!(process.end(soon(20)), "well");
+    }
+    let mut both = [0, 1].map(|host| hosts.start(host, "wait", &[("COGVLM_CLUSTER_SILENCE_S", "1.5")]));
+    both.iter().for_each(|process| process.wait_for("# ready"));
+    run_ip(&format!("-n {} link set veth0 down", hosts.0[1]));
+    // Neither can tell the other what it sees.
+    let deadline = soon(5);
+    for (host, process) in both.iter_mut().enumerate() {
+        let end = process.end(deadline);
+        assert!(end.starts_with(&format!("process {} of 2", 1 - host)) && end.contains("has been silent"), "{end}");
+    }
+}

@@ -21,15 +21,30 @@ pub struct Process {
 
 impl Process {
     pub fn start(job: &str, variables: &[(&str, String)]) -> Self {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["process", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
+        Self::start_by(&[], job, variables)
+    }
+
+    /// Started by another program, which may start several.
+    pub fn start_by(launcher: &[&str], job: &str, variables: &[(&str, String)]) -> Self {
+        let own = std::env::current_exe().unwrap().into_os_string();
+        let mut words = launcher.iter().map(std::ffi::OsString::from).chain([own]);
+        let mut command = Command::new(words.next().unwrap());
+        command.args(words).args(["process", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
         // Whatever runs the tests may itself be a process of something.
+        const PREFIXES: [&str; 9] = [
+            "RANK",
+            "WORLD_SIZE",
+            "SLURM_",
+            "OMPI_COMM",
+            "PMI",
+            "COGVLM_",
+            "MASTER_",
+            "JOB_COMPLETION",
+            "TORCHELASTIC",
+        ];
         for (name, _) in std::env::vars_os() {
-            let name = name.to_string_lossy().into_owned();
-            if ["RANK", "WORLD_SIZE", "SLURM_", "OMPI_", "PMI", "COGVLM_", "MASTER_", "JOB_COMPLETION", "TORCHELASTIC"]
-                .iter()
-                .any(|prefix| name.starts_with(prefix))
-            {
+            let text = name.to_string_lossy().into_owned();
+            if PREFIXES.iter().any(|prefix| text.starts_with(prefix)) && text != "SLURM_CONF" {
                 command.env_remove(name);
             }
         }

@@ -17,7 +17,11 @@ const SHORTEST_ATTEMPT: Duration = Duration::from_millis(50);
 /// This host's name, for messages.
 pub(crate) fn host_name() -> String {
     let kernel = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
-    let name = kernel.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_default();
+    printable(&kernel.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_default())
+}
+
+/// A host's name as it may be shown, whoever says that it is called so.
+pub(crate) fn printable(name: &str) -> String {
     let name: String = name.trim().chars().filter(|c| !c.is_control()).take(255).collect();
     if name.is_empty() { "an unnamed host".to_owned() } else { name }
 }

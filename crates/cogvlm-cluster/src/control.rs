@@ -292,9 +292,11 @@ impl Drop for Control {
             let message = if std::thread::panicking() { "it panicked" } else { "it ended before the run was over" };
             self.shared.fail(*rank, Cause::Reported { message: message.to_owned() });
         }
-        if watch.failure().is_some() {
+        if let Some(failure) = watch.failure() {
             let deadline = Instant::now() + LAST_WORDS;
-            links.values().for_each(|link| link.wait_ended(deadline));
+            // One that is silent hears nothing either.
+            let hears = |peer: usize| peer != failure.rank || !matches!(failure.cause, Cause::Silent { .. });
+            links.iter().filter(|(peer, _)| hears(**peer)).for_each(|(_, link)| link.wait_ended(deadline));
         }
         *lock(&self.shared.is_closing) = true;
         self.shared.closing.notify_all();
@@ -439,7 +441,8 @@ impl Shared {
 
     /// Fails whoever is silent for too long.
     fn listen_for_silence(&self) {
-        let interval = self.interval();
+        // Looked for more often than heartbeats come, so that little is added to the time that is allowed.
+        let interval = self.interval() / 4;
         let mut is_closing = lock(&self.is_closing);
         while !*is_closing && self.watch.failure().is_none() {
             let start = Instant::now();
@@ -464,4 +467,116 @@ pub(crate) fn register<T: Abort + 'static>(watch: &Watch, part: &Arc<T>) {
     let part: Arc<dyn Abort> = Arc::clone(part) as Arc<dyn Abort>;
     let part: Weak<dyn Abort> = Arc::downgrade(&part);
     watch.register(part);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+    use crate::frame::write_frame;
+
+    const SILENCE: Duration = Duration::from_secs(30);
+
+    fn members() -> Vec<Member> {
+        let member = |rank| Member { rank, host: format!("host{rank}"), pid: 7, data: ([127, 0, 0, 1], 1).into() };
+        (0..2).map(member).collect()
+    }
+
+    fn streams() -> [TcpStream; 2] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        [one, listener.accept().unwrap().0]
+    }
+
+    fn control(rank: usize, stream: TcpStream, silence: Duration) -> Control {
+        Control::start(rank, members(), BTreeMap::from([(1 - rank, stream)]), silence).unwrap()
+    }
+
+    /// Process 0, and the bare other end of its connection to process 1.
+    fn zero_and_raw(silence: Duration) -> (Control, TcpStream) {
+        let [zero, raw] = streams();
+        (control(0, zero, silence), raw)
+    }
+
+    #[test]
+    fn messages_go_both_ways_in_order() {
+        let [a, b] = streams();
+        let (zero, one) = (control(0, a, SILENCE), control(1, b, SILENCE));
+        for number in 0..100_u16 {
+            zero.send(1, number, &vec![number as u8; usize::from(number) * 100]).unwrap();
+            one.send(0, number, &[]).unwrap();
+        }
+        for number in 0..100_u16 {
+            let expected = vec![number as u8; usize::from(number) * 100];
+            assert_eq!(one.recv(0, None).unwrap(), Message { from: 0, code: number, payload: expected });
+            assert_eq!(zero.recv_any(None).unwrap(), Message { from: 1, code: number, payload: Vec::new() });
+        }
+        assert!(matches!(one.send(1, 0, b""), Err(ClusterError::NoPeer { peer: 1, kind: "control", .. })));
+        assert!(matches!(one.broadcast(0, b""), Err(ClusterError::NoPeer { .. })));
+        let leaving = std::thread::spawn(move || one.leave());
+        zero.leave().unwrap();
+        leaving.join().unwrap().unwrap();
+        zero.leave().unwrap();
+    }
+
+    #[test]
+    fn what_is_no_message_ends_the_run() {
+        let frame = |kind, payload: &[u8]| {
+            let mut bytes = Vec::new();
+            write_frame(&mut bytes, kind, 0, 0, 0, payload).unwrap();
+            bytes
+        };
+        for (bytes, words) in [
+            (b"GET / HTTP/1.1\r\nHost: somewhere.example\r\n".to_vec(), "it begins with `GET"),
+            (frame(Kind::Roster, b"[]"), "a frame of kind Roster"),
+            (frame(Kind::Failure, b"{}"), "a frame of kind Failure"),
+            (frame(Kind::Report, b"{}"), "a report: missing field"),
+            (frame(Kind::Report, br#"{"rank":9,"cause":{"silent":{"limit_ms":1}}}"#), "a report about process 9"),
+            ([frame(Kind::Heartbeat, b""), frame(Kind::Heartbeat, b"")].concat(), "frame 0 where frame 1 was expected"),
+        ] {
+            let (zero, mut raw) = zero_and_raw(SILENCE);
+            raw.write_all(&bytes).unwrap();
+            let error = zero.recv(1, Some(Duration::from_secs(5))).unwrap_err().to_string();
+            let begins = "process 1 of 2 (pid 7 on host1) sent what is no message of this program: ";
+            assert!(error.starts_with(begins) && error.contains(words), "{error}");
+            drop(raw);
+        }
+    }
+
+    #[test]
+    fn silence_counts_from_the_last_byte() {
+        let (zero, mut raw) = zero_and_raw(Duration::from_millis(800));
+        let mut bytes = Vec::new();
+        write_frame(&mut bytes, Kind::Message, 5, 0, 0, b"slow").unwrap();
+        let start = Instant::now();
+        for byte in &bytes {
+            raw.write_all(&[*byte]).unwrap();
+            std::thread::sleep(Duration::from_millis(40));
+        }
+        assert!(start.elapsed() > Duration::from_millis(1200), "longer than silence is allowed");
+        assert_eq!(zero.recv(1, None).unwrap().payload, b"slow");
+        let error = zero.recv(1, None).unwrap_err();
+        assert_eq!(error.rank(), Some(1));
+        assert!(error.hint().unwrap().contains("COGVLM_CLUSTER_SILENCE_S"));
+        let expected = "process 1 of 2 (pid 7 on host1) has been silent for 0.8 s";
+        assert!(error.to_string().starts_with(expected), "{error}");
+    }
+
+    #[test]
+    fn the_first_failure_counts() {
+        let [a, b] = streams();
+        let (zero, one) = (control(0, a, SILENCE), control(1, b, SILENCE));
+        let first = one.fail("no room").to_string();
+        assert_eq!(first, "process 1 of 2 (pid 7 on host1) failed: no room");
+        assert_eq!(one.fail("again").to_string(), first);
+        assert_eq!(zero.recv(1, None).unwrap_err().to_string(), first);
+        assert_eq!(zero.fail("me too").to_string(), first);
+        assert_eq!(zero.leave().unwrap_err().to_string(), first);
+        let start = Instant::now();
+        drop(zero);
+        drop(one);
+        assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    }
 }

@@ -27,6 +27,7 @@ const MAX_WAITING_BYTES: usize = 256 << 20;
 const MAX_SPARE_BUFFERS: usize = 2;
 /// What a call waits for, in an error.
 const ROWS: &str = "the rows that are awaited";
+const TAKER: &str = "a taker of these rows";
 /// Time between attempts to connect, and between looks for connections.
 const TURN: Duration = Duration::from_millis(20);
 
@@ -141,11 +142,14 @@ impl Wire for TcpWire {
             return Err(ClusterError::TooLarge { peer, num_bytes: rows.len(), max_bytes: MAX_ROWS_BYTES });
         }
         self.control.watch().check()?;
+        if self.control.watch().has_left(peer) {
+            return Err(ClusterError::Left { rank: peer, waiting_for: TAKER });
+        }
         let mut sequence = lock(&end.sequence);
         let sent = write_frame(&mut &end.stream, Kind::Rows, 0, tag, *sequence, rows);
         *sequence += 1;
         drop(sequence);
-        sent.map_err(|error| self.control.explain_data_failure(peer, error.to_string(), "a taker of these rows"))
+        sent.map_err(|error| self.control.explain_data_failure(peer, error.to_string(), TAKER))
     }
 
     fn recv(&self, peer: usize, tag: u64, rows: &mut [u8]) -> Result<(), ClusterError> {

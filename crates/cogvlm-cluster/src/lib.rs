@@ -1,6 +1,6 @@
 //! Several processes of one run: one for each host, or for each GPU.
 //!
-//! [`membership`] says who this process is, from what its launcher set; [`join`] meets the others at process 0;
+//! [`membership()`] says who this process is, from what its launcher set; [`join`] meets the others at process 0;
 //! [`Control`] carries messages between process 0 and the others and notices when one of them dies or stalls; [`Wire`]
 //! carries rows between any two of them, and [`nccl`] does so between GPUs. When one process ends before its time,
 //! every call of every other one returns within seconds with one [`Failure`] that names it.

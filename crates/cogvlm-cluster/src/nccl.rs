@@ -7,6 +7,7 @@ mod search;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -18,8 +19,11 @@ use crate::watch::{Abort, Watch, lock, wait};
 
 /// Oldest version that is used: 2.18.0.
 const OLDEST: i32 = 21_800;
-/// Time between looks at an operation that has not ended.
-const POLL: Duration = Duration::from_micros(200);
+/// How long an operation that has not ended is looked at without a pause: as long as enqueuing takes when peers are
+/// known.
+const EAGER: Duration = Duration::from_millis(2);
+/// Time between looks after that.
+const POLL: Duration = Duration::from_micros(500);
 /// How long ending a communicator in order may take before it is aborted.
 const FINISH: Duration = Duration::from_secs(2);
 
@@ -45,6 +49,8 @@ struct Config {
     max_ctas: c_int,
     net_name: *const c_char,
     split_share: c_int,
+    /// Padding in 2.18, and later versions know it to be.
+    reserved: c_int,
 }
 
 /// What makes processes find each other in NCCL. Made by one, and shared with the others.
@@ -387,6 +393,8 @@ struct Inner {
     timeout: Duration,
     watch: Arc<Watch>,
     comm: Mutex<Handle>,
+    /// An operation failed: it cannot be ended in order any more.
+    is_broken: AtomicBool,
     /// Whether an abort is under way.
     aborting: Arc<(Mutex<bool>, Condvar)>,
 }
@@ -454,6 +462,7 @@ impl Communicator {
             max_ctas: UNDEFINED,
             net_name: std::ptr::null(),
             split_share: UNDEFINED,
+            reserved: UNDEFINED,
         };
         let mut comm: Comm = std::ptr::null_mut();
         const CALL: &str = "ncclCommInitRankConfig";
@@ -463,7 +472,8 @@ impl Communicator {
             (nccl.functions.comm_init_rank_config)(&raw mut comm, size as c_int, id, rank as c_int, &raw mut config)
         };
         let (comm, aborting) = (Mutex::new(Handle(comm)), Arc::default());
-        let inner = Inner { nccl: Arc::clone(nccl), rank, size, timeout, watch: Arc::clone(&watch), comm, aborting };
+        let (nccl_of, watch_of, is_broken) = (Arc::clone(nccl), Arc::clone(&watch), AtomicBool::new(false));
+        let inner = Inner { nccl: nccl_of, rank, size, timeout, watch: watch_of, comm, is_broken, aborting };
         let communicator = Self { inner: Arc::new(inner) };
         let inner = &communicator.inner;
         if let Err(error) = nccl.check(CALL, result, None, rank, size) {
@@ -472,7 +482,7 @@ impl Communicator {
             return Err(error);
         }
         register(&watch, inner);
-        inner.wait_for(CALL, timeout)?;
+        inner.noted(inner.wait_for(CALL, timeout))?;
         Ok(communicator)
     }
 
@@ -487,14 +497,23 @@ impl Communicator {
     /// # Errors
     /// Where NCCL fails, or a process does.
     pub unsafe fn exchange(&self, transfers: &[Transfer], stream: u64) -> Result<(), NcclError> {
-        let Inner { nccl, rank, size, .. } = &*self.inner;
+        let Inner { rank, size, .. } = &*self.inner;
         let (rank, size) = (*rank, *size);
         for Transfer::Send { peer, .. } | Transfer::Recv { peer, .. } in transfers {
             if *peer >= size || *peer == rank {
                 return Err(NcclError::Peer { rank, size, peer: *peer });
             }
         }
-        let stream = stream as *mut c_void;
+        // SAFETY: as the caller says.
+        let enqueued = unsafe { self.enqueue(transfers, stream as *mut c_void) };
+        self.inner.noted(enqueued.and_then(|()| self.inner.wait_for("ncclGroupEnd", self.inner.timeout)))
+    }
+
+    /// # Safety
+    /// As [`exchange`](Self::exchange).
+    unsafe fn enqueue(&self, transfers: &[Transfer], stream: *mut c_void) -> Result<(), NcclError> {
+        let Inner { nccl, rank, size, .. } = &*self.inner;
+        let (rank, size) = (*rank, *size);
         let handle = self.inner.open()?;
         let comm = handle.0;
         let functions = &nccl.functions;
@@ -527,9 +546,7 @@ impl Communicator {
         // SAFETY: ends the group begun above, whatever happened in it.
         let ended = unsafe { (functions.group_end)() };
         called?;
-        nccl.check("ncclGroupEnd", ended, Some(comm), rank, size)?;
-        drop(handle);
-        self.inner.wait_for("ncclGroupEnd", self.inner.timeout)
+        nccl.check("ncclGroupEnd", ended, Some(comm), rank, size)
     }
 
     /// An error if the communicator has failed, of itself or because a process has: to be asked while waiting for a
@@ -538,14 +555,15 @@ impl Communicator {
     /// # Errors
     /// Where it has.
     pub fn check(&self) -> Result<(), NcclError> {
-        self.inner.poll("ncclCommGetAsyncError").map(|_| ())
+        self.inner.noted(self.inner.poll("ncclCommGetAsyncError").map(|_| ()))
     }
 }
 
 impl Drop for Communicator {
     fn drop(&mut self) {
         let inner = &self.inner;
-        let in_order = inner.watch.failure().is_none() && inner.finish().is_ok();
+        let is_whole = inner.watch.failure().is_none() && !inner.is_broken.load(Ordering::SeqCst);
+        let in_order = is_whole && inner.finish().is_ok();
         if !in_order {
             inner.abort();
         }
@@ -571,6 +589,11 @@ impl Inner {
         Ok(handle)
     }
 
+    /// Keeps in mind that something failed.
+    fn noted(&self, result: Result<(), NcclError>) -> Result<(), NcclError> {
+        result.inspect_err(|_| self.is_broken.store(true, Ordering::SeqCst))
+    }
+
     /// Whether what was called last has ended.
     fn poll(&self, call: &'static str) -> Result<bool, NcclError> {
         let handle = self.open()?;
@@ -588,7 +611,7 @@ impl Inner {
             if start.elapsed() >= timeout {
                 return Err(NcclError::Timeout { call, rank: self.rank, size: self.size, timeout });
             }
-            std::thread::sleep(POLL);
+            if start.elapsed() < EAGER { std::thread::yield_now() } else { std::thread::sleep(POLL) }
         }
         Ok(())
     }

@@ -51,6 +51,7 @@ fn run(job: &str, variables: &Variables) -> Result<(), ClusterError> {
         "fail" => wait(&control, &wire),
         "drop" if place.rank == 1 => return Ok(()),
         "drop" => wait(&control, &wire),
+        "left" => left(&control, &wire),
         "early" if place.rank == 1 => control.leave(),
         "early" => wait(&control, &wire),
         "order" => order(&control, &wire),
@@ -129,6 +130,32 @@ fn flood(control: &Control, wire: &TcpWire) -> Result<(), ClusterError> {
     for tag in 0..1000 {
         wire.send(0, tag, &rows)?;
         say(&format!("sent: {tag}"));
+    }
+    control.leave()
+}
+
+/// Process 1 leaves after its last rows; others want more of it.
+fn left(control: &Control, wire: &TcpWire) -> Result<(), ClusterError> {
+    let has_left =
+        |result: Result<(), ClusterError>| assert!(matches!(result, Err(ClusterError::Left { rank: 1, .. })));
+    match control.rank() {
+        0 => {
+            assert_eq!(control.recv(1, None)?.payload, b"last");
+            has_left(control.recv(1, None).map(|_| ()));
+            has_left(control.send(1, 0, b"more"));
+        }
+        1 => {
+            wire.send(2, 1, &[7; ROWS])?;
+            control.send(0, 1, b"last")?;
+        }
+        2 => {
+            let mut rows = [0; ROWS];
+            wire.recv(1, 1, &mut rows)?;
+            assert_eq!(rows, [7; ROWS]);
+            has_left(wire.recv(1, 2, &mut rows));
+            has_left(wire.send(1, 2, &rows));
+        }
+        _ => {}
     }
     control.leave()
 }
@@ -263,7 +290,14 @@ fn a_process_that_gives_up_says_why_to_all() {
 }
 
 #[test]
-fn one_that_has_left_is_not_waited_for() {
+fn who_has_left_is_not_waited_for() {
+    for process in &mut start_all("left", &[]) {
+        assert_eq!(process.end(soon(10)), "well");
+    }
+}
+
+#[test]
+fn who_has_left_does_not_hide_a_failure() {
     let mut processes = start_all("early", &[]);
     // Process 0 waits for process 1 among others; process 2 for rows of 3, which waits for rows of 0.
     processes.iter().for_each(|process| process.wait_for("# ready"));

@@ -227,7 +227,7 @@ fn failures_are_errors_in_its_own_words() {
         communicator.err().unwrap().to_string(),
         "NCCL's ncclCommInitRankConfig did not end within 0.02 s at process 1 of 3"
     );
-    assert!(slow.calls().ends_with("abort 0x1000;"), "{}", slow.calls());
+    assert_eq!(slow.calls(), format!("{INIT}abort 0x1000;"), "what failed is not ended in order");
 
     let sending = fake(&["SEND=5"]).unwrap();
     let (_, communicator) = sending.init(1000);

@@ -8,7 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use super::{GiveUp, Greeting, Hello, Member, Met, OpenData, Options, PROTOCOL, Roster, accept_greetings, port_of};
-use crate::addresses::{listen, random_token};
+use crate::addresses::{listen, printable, random_token};
 use crate::error::{ClusterError, ConfigDifference, ranks};
 use crate::frame::{Kind, write_frame};
 use crate::membership::Endpoint;
@@ -85,7 +85,7 @@ impl Party<'_> {
             }
         };
         let parsed = if frame.code == PROTOCOL { serde_json::from_slice::<Hello>(&frame.payload).ok() } else { None };
-        let Some(hello) = parsed else {
+        let Some(mut hello) = parsed else {
             let reason = format!(
                 "it speaks version {} of the protocol between processes, and process 0 version {PROTOCOL}; start the \
                  same program everywhere",
@@ -94,6 +94,7 @@ impl Party<'_> {
             self.refuse(&stream, from, None, reason);
             return Ok(());
         };
+        hello.host = printable(&hello.host);
         if let Some(reason) = self.objection(&hello) {
             self.refuse(&stream, from, Some(&hello), reason);
             return Ok(());
@@ -142,7 +143,7 @@ impl Party<'_> {
         drop(write_frame(&mut stream, Kind::Refused, 0, 0, 0, reason.as_bytes()));
         let who = hello.map_or_else(
             || from.to_string(),
-            |Hello { rank, pid, host, .. }| format!("process {rank} (pid {pid} on {})", host.escape_debug()),
+            |Hello { rank, pid, host, .. }| format!("process {rank} (pid {pid} on {host})"),
         );
         tracing::info!(%from, who, reason, "refused");
         if self.refused.len() < MAX_REFUSALS {

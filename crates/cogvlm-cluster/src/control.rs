@@ -276,7 +276,7 @@ impl Control {
             link.last_words(Some(goodbye.clone()));
         }
         let deadline = Instant::now() + LAST_WORDS;
-        links.values().for_each(|link| link.wait_ended(deadline));
+        links.values().for_each(|link| link.wait_ended(true, deadline));
         Ok(())
     }
 
@@ -294,9 +294,9 @@ impl Drop for Control {
         }
         if let Some(failure) = watch.failure() {
             let deadline = Instant::now() + LAST_WORDS;
-            // One that is silent hears nothing either.
-            let hears = |peer: usize| peer != failure.rank || !matches!(failure.cause, Cause::Silent { .. });
-            links.iter().filter(|(peer, _)| hears(**peer)).for_each(|(_, link)| link.wait_ended(deadline));
+            // One that is silent does not answer, but may read it when it goes on.
+            let answers = |peer: usize| peer != failure.rank || !matches!(failure.cause, Cause::Silent { .. });
+            links.iter().for_each(|(peer, link)| link.wait_ended(answers(*peer), deadline));
         }
         *lock(&self.shared.is_closing) = true;
         self.shared.closing.notify_all();
@@ -337,6 +337,7 @@ impl Shared {
     /// Records a failure and tells it.
     fn fail(&self, rank: usize, cause: Cause) {
         let report = Report { rank, cause: cause.clone() };
+        let hears_nothing = self.rank > 0 && rank == 0 && !matches!(cause, Cause::DataLink { .. });
         let failure = self.failure(rank, cause);
         let words = serde_json::to_vec(&failure).unwrap_or_default();
         if !self.watch.fail(failure) {
@@ -347,10 +348,10 @@ impl Shared {
             _ => Outgoing::new(Kind::Report, serde_json::to_vec(&report).unwrap_or_default()),
         };
         for link in self.links.values() {
-            if self.rank == 0 {
-                link.last_words(Some(frame.clone()));
-            } else {
-                link.push(frame.clone(), &|| false);
+            match self.rank {
+                0 => link.last_words(Some(frame.clone())),
+                _ if hears_nothing => link.last_words(None),
+                _ => link.push(frame.clone(), &|| false),
             }
         }
     }

@@ -147,10 +147,11 @@ impl Link {
         self.start.elapsed().saturating_sub(heard)
     }
 
-    /// Waits until both directions have ended, at most until `deadline`.
-    pub(crate) fn wait_ended(&self, deadline: Instant) {
+    /// Waits until everything is with the system, and where the other side answers until it has ended the connection; at
+    /// most until `deadline`.
+    pub(crate) fn wait_ended(&self, answers: bool, deadline: Instant) {
         let mut outbox = lock(&self.outbox);
-        while !(outbox.is_read && outbox.is_written) {
+        while !(outbox.is_written && (outbox.is_read || !answers)) {
             let remaining = deadline.saturating_duration_since(Instant::now());
             if remaining.is_zero() {
                 return;

@@ -337,7 +337,8 @@ impl Shared {
     /// Records a failure and tells it.
     fn fail(&self, rank: usize, cause: Cause) {
         let report = Report { rank, cause: cause.clone() };
-        let hears_nothing = self.rank > 0 && rank == 0 && !matches!(cause, Cause::DataLink { .. });
+        // Where process 0 is at fault, and its connection is: one that stands still reads it when it goes on.
+        let ends_link = rank == 0 && !matches!(cause, Cause::DataLink { .. });
         let failure = self.failure(rank, cause);
         let words = serde_json::to_vec(&failure).unwrap_or_default();
         if !self.watch.fail(failure) {
@@ -350,7 +351,7 @@ impl Shared {
         for link in self.links.values() {
             match self.rank {
                 0 => link.last_words(Some(frame.clone())),
-                _ if hears_nothing => link.last_words(None),
+                _ if ends_link => link.last_words(Some(frame.clone())),
                 _ => link.push(frame.clone(), &|| false),
             }
         }

@@ -188,7 +188,7 @@ fn what_does_not_hold_is_named() {
         (
             headline,
             Box::new(|plan| plan["devices"]["0"]["reserved_bytes"] = json!(5)),
-            "`devices.0.reserved_bytes`: is 5, but the rest of the plan implies 696254464",
+            "`devices.0.reserved_bytes`: is 5, but the rest of the plan implies 674234368",
         ),
         (
             headline,

@@ -196,7 +196,7 @@ fn what_does_not_hold_is_named() {
                 plan["devices"]["1"]["budget_bytes"] = json!(10 * GIB);
                 plan["devices"]["1"]["free_bytes"] = json!(0);
             }),
-            "`1` would hold 17.74 GiB, its budget is 10.00 GiB",
+            "`1` would hold 17.72 GiB, its budget is 10.00 GiB",
         ),
         (
             headline,

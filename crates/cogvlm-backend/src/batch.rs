@@ -4,12 +4,13 @@ use std::ops::Range;
 
 use cogvlm_core::tokens::ExpertRange;
 use cogvlm_core::workspace::{BLOCK_LEN, StepLimits};
+use serde::{Deserialize, Serialize};
 
 use crate::BackendError;
 use crate::shape::{expect, unsupported};
 
 /// Rows of one sequence in a step.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SequenceRows {
     /// Its rows in the batch.
     pub rows: Range<usize>,
@@ -34,7 +35,7 @@ impl SequenceRows {
 }
 
 /// One step: the rows of all its sequences, one after the other.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Batch {
     /// Token id of each row.
     pub input_ids: Vec<u32>,

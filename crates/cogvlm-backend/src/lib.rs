@@ -403,3 +403,23 @@ pub trait Backend: Send + Sync + 'static {
         &self, weight: &Self::Weight, destination: &mut Self::Buffer, first_row: usize,
     ) -> Result<(), BackendError>;
 }
+
+/// Rows in host memory, on their way to another process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostRows {
+    /// Element type.
+    pub dtype: DType,
+    /// Elements of a row.
+    pub columns: usize,
+    /// The rows, little-endian.
+    pub bytes: Vec<u8>,
+}
+
+/// A backend whose parcels can leave the process.
+pub trait Portable: Backend {
+    /// The rows of a parcel, once they are there.
+    fn pack(&self, parcel: Self::Parcel) -> Result<HostRows, BackendError>;
+
+    /// A parcel of rows that came from another process; it gives what the other one packed.
+    fn unpack(&self, rows: HostRows) -> Result<Self::Parcel, BackendError>;
+}

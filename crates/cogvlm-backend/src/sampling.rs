@@ -2,9 +2,11 @@
 
 use std::cmp::Ordering;
 
+use serde::{Deserialize, Serialize};
+
 /// How the next token is chosen. The order of steps is upstream's: repetition penalty, temperature, top-k, top-p,
 /// softmax, draw.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SamplingParams {
     /// 0 means greedy: the most probable token, the lowest id on ties.
     pub temperature: f32,

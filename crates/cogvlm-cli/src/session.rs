@@ -110,7 +110,7 @@ impl Session {
             bar.set_position(done);
         };
         let spec = source.spec().clone();
-        let ranks = load_plan(&plan, &spec, &source, rope_mode, &make_backend, &progress);
+        let ranks = load_plan(&plan, &spec, &source, rope_mode, &make_backend, &progress, None);
         bar.finish_and_clear();
         let engine = Engine::new(spec, plan.limits, ranks.map_err(load_error)?);
         Ok(Self { engine, plan, links: request.links, on_gpus, source, load_time: start.elapsed(), num_threads })

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use crate::inventory::Expert;
 use crate::spec::ModelSpec;
 
@@ -80,7 +82,7 @@ pub fn position_ids(token_types: &[TokenType]) -> Vec<u32> {
 }
 
 /// A run of rows that one expert processes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExpertRange {
     /// Rows of the batch.
     pub rows: Range<usize>,

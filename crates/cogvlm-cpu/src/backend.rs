@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cogvlm_backend::{
-    Activation, Arena, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, Lease, MemoryUse,
-    PatchGeometry, PatchWeights, RopeMode, SampleRequest, StagedSource,
+    Activation, Arena, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostRows, HostWeight, Lease,
+    MemoryUse, PatchGeometry, PatchWeights, Portable, RopeMode, SampleRequest, StagedSource,
 };
 use cogvlm_core::tokens::ExpertRange;
 use cogvlm_core::workspace::StepLimits;
@@ -247,5 +247,15 @@ impl Backend for CpuBackend {
         &self, weight: &CpuWeight, destination: &mut CpuBuffer, first_row: usize,
     ) -> Result<(), BackendError> {
         op!(self, copy_weight_rows(weight, destination, first_row))
+    }
+}
+
+impl Portable for CpuBackend {
+    fn pack(&self, parcel: CpuParcel) -> Result<HostRows, BackendError> {
+        Ok(parcel.into_host_rows())
+    }
+
+    fn unpack(&self, rows: HostRows) -> Result<CpuParcel, BackendError> {
+        CpuParcel::of_host_rows(rows)
     }
 }

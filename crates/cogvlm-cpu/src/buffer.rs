@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use cogvlm_backend::{Arena, BackendError};
+use cogvlm_backend::{Arena, BackendError, HostRows};
 use cogvlm_core::DType;
 
 use crate::element::Element;
 use crate::memory::Memory;
-use crate::shape::{buffer_bytes, expect_fit, expect_span, expect_values, unsupported};
+use crate::shape::{buffer_bytes, expect, expect_fit, expect_span, expect_values, unsupported};
 use crate::weight::widen;
 
 /// A row-major array of f32 or bf16.
@@ -27,6 +27,22 @@ pub struct CpuParcel {
 }
 
 impl CpuParcel {
+    /// Rows that came from another process. Refuses a broken row.
+    pub fn of_host_rows(rows: HostRows) -> Result<Self, BackendError> {
+        let HostRows { dtype, columns, bytes } = rows;
+        let row_bytes = columns * dtype.size_bytes();
+        let num_rows = bytes.len().checked_div(row_bytes).unwrap_or(0);
+        let is_whole = num_rows * row_bytes == bytes.len();
+        expect("unpack", "rows", &[bytes.len()], is_whole, || format!("a multiple of {row_bytes} bytes"))?;
+        Ok(Self { bytes, dtype, rows: num_rows, columns })
+    }
+
+    /// The rows, for another process.
+    pub fn into_host_rows(self) -> HostRows {
+        let Self { bytes, dtype, columns, .. } = self;
+        HostRows { dtype, columns, bytes }
+    }
+
     /// The rows as f32: for a device of another kind.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut values = vec![0.0; self.rows * self.columns];

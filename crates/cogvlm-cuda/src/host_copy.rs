@@ -77,6 +77,8 @@ impl Uploader {
 
     /// Copies `bytes` to `to`, which has room for them. They may be changed as soon as this returns.
     pub(crate) fn upload(&self, to: CUdeviceptr, bytes: &[u8]) -> Result<(), BackendError> {
+        // Every step brings its tables.
+        registered::note_work();
         self.gpu.bind()?;
         let mut guard = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         let Slots { slots, next } = &mut *guard;
@@ -108,7 +110,7 @@ impl Drop for Uploader {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LoadPath {
     /// What is fastest. Weights that are streamed come straight from mapped files that are in the page cache, once these
-    /// are registered, which goes on meanwhile where there are cores enough to copy through pinned memory until then.
+    /// are registered: where there are cores enough to copy through pinned memory until then, while nothing else is done.
     /// Weights that are loaded come through pinned memory where there are such cores, else like those.
     Auto,
     /// Straight from mapped files, wherever they are; where the driver refuses to register one, that is an error.
@@ -265,7 +267,7 @@ impl Loader {
     ) -> Result<(), BackendError> {
         self.gpu.bind()?;
         if queue == Queue::Copy {
-            registered::note_stream();
+            registered::note_work();
         }
         if range.is_empty() || self.copy_registered(weight, &range, to, queue)? {
             return Ok(());

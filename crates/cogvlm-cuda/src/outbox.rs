@@ -8,11 +8,10 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use cogvlm_backend::BackendError;
 use cogvlm_backend::shape::{expect, expect_fit, expect_span};
+use cogvlm_backend::{BackendError, HostRows};
 use cogvlm_core::DType;
 use cudarc::driver::sys::{self as cu, CUdeviceptr, CUstream};
-use half::bf16;
 
 use crate::backend::CudaBackend;
 use crate::buffer::CudaBuffer;
@@ -213,24 +212,20 @@ impl CudaParcel {
         Ok(to)
     }
 
-    /// The rows as f32, brought to the host: for a device of another kind.
+    /// The rows, brought to the host: for a device of another kind, or another process.
     ///
     /// # Errors
     /// Where the device fails.
-    pub fn into_f32(mut self) -> Result<Vec<f32>, BackendError> {
-        let bytes = self.num_bytes();
-        if bytes == 0 {
-            return Ok(Vec::new());
+    pub fn into_host_rows(mut self) -> Result<HostRows, BackendError> {
+        let (dtype, columns, num_bytes) = (self.dtype, self.columns, self.num_bytes());
+        if num_bytes == 0 {
+            return Ok(HostRows { dtype, columns, bytes: Vec::new() });
         }
         let from = self.stage()?;
         self.ticket().staged.wait()?;
         // SAFETY: the copy to the pinned memory has ended, which is that long and this parcel's own.
-        let bytes = unsafe { std::slice::from_raw_parts(from.cast_const(), bytes) };
-        Ok(match self.dtype {
-            DType::F32 => bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
-            // Buffers hold nothing else.
-            _ => bytes.as_chunks().0.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32()).collect(),
-        })
+        let bytes = unsafe { std::slice::from_raw_parts(from.cast_const(), num_bytes) }.to_vec();
+        Ok(HostRows { dtype, columns, bytes })
     }
 }
 

@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use cogvlm_backend::shape::{expect, unsupported};
-use cogvlm_backend::{Backend, BackendError};
+use cogvlm_backend::{Backend, BackendError, HostRows, Portable};
 use cogvlm_core::DType;
-use cogvlm_cpu::CpuBackend;
+use cogvlm_cpu::{CpuBackend, CpuParcel};
 use cogvlm_cuda::CudaBackend;
 
 use crate::argument::{Argument, Buffer, Either, Outbox};
@@ -45,7 +45,7 @@ impl Parcel {
                 return cuda.receive(parcel, buffer.for_cuda(OP)?, first_row);
             }
             (AnyBackend::Cuda(_), Either::Cpu(parcel)) => parcel.to_f32(),
-            (AnyBackend::Cpu(_), Either::Cuda(parcel)) => parcel.into_f32()?,
+            (AnyBackend::Cpu(_), Either::Cuda(parcel)) => CpuParcel::of_host_rows(parcel.into_host_rows()?)?.to_f32(),
         };
         unpack_values(receiver, &values, dtype, columns, buffer, first_row)
     }
@@ -62,6 +62,20 @@ fn unpack_values(
     let rows = values.len() / columns.max(1);
     expect(OP, "rows", &[rows, columns], columns == buffer.columns, || format!("rows of {}", buffer.columns))?;
     receiver.write(values, buffer, first_row)
+}
+
+impl Portable for AnyBackend {
+    fn pack(&self, parcel: Parcel) -> Result<HostRows, BackendError> {
+        match parcel.from {
+            Either::Cpu(parcel) => Ok(parcel.into_host_rows()),
+            Either::Cuda(parcel) => parcel.into_host_rows(),
+        }
+    }
+
+    fn unpack(&self, rows: HostRows) -> Result<Parcel, BackendError> {
+        let (dtype, columns) = (rows.dtype, rows.columns);
+        Ok(Parcel { dtype, columns, from: Either::Cpu(CpuParcel::of_host_rows(rows)?) })
+    }
 }
 
 #[cfg(test)]

@@ -44,7 +44,7 @@ fn engine(source: &ModelSource, plan: &Plan) -> Engine<AnyBackend> {
             _ => AnyBackend::Cpu(CpuBackend::new(planned.device, capacity, DType::Bf16, Arc::clone(&threads))?),
         })
     };
-    let ranks = load_plan(plan, source.spec(), source, RopeMode::Float32, &make, &|_, _| ());
+    let ranks = load_plan(plan, source.spec(), source, RopeMode::Float32, &make, &|_, _| (), None);
     Engine::new(source.spec().clone(), plan.limits, ranks.unwrap_or_else(|error| panic!("{error}")))
 }
 

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use cogvlm_backend::{Backend, Batch, SamplingParams};
 use cogvlm_core::Expert;
+use serde::{Deserialize, Serialize};
 
 /// What one step computes. Shared by all stages.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Step {
     /// Its rows and sequences.
     pub batch: Batch,
@@ -24,16 +25,21 @@ pub struct Step {
 }
 
 /// An image of a step.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct StepImage {
-    /// Normalised pixels, `[channels, image_size, image_size]`.
+    /// Normalised pixels, `[channels, image_size, image_size]`. To other processes they travel apart.
+    #[serde(skip, default = "no_pixels")]
     pub pixels: Arc<[f32]>,
     /// Row of its first vision token, BOI.
     pub first_row: usize,
 }
 
+fn no_pixels() -> Arc<[f32]> {
+    Arc::new([])
+}
+
 /// How the token after one row is chosen.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SampleSpec {
     /// How.
     pub params: SamplingParams,
@@ -44,7 +50,7 @@ pub struct SampleSpec {
 }
 
 /// Hidden states after a unit, for tests.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Captured {
     /// Name of the tap: `vit.embed`, `vit.layer.M`, `vision.out`, `llm.embed`, `llm.layer.N`, `llm.norm`.
     pub name: String,

@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use cogvlm_backend::{Backend, BackendError, HostReadError, HostTensor, HostWeight, RopeMode, rope};
+use cogvlm_backend::{Backend, BackendError, HostReadError, HostTensor, HostWeight, Portable, RopeMode, rope};
 use cogvlm_core::{DType, Device, ModelSpec, TensorSpec, Unit, WeightGroup};
 use cogvlm_model::{GroupKey, GroupSource, Rank, RankSpec, SourceTensor, Weights};
 use cogvlm_plan::plan::{DevicePlan, Plan, Residency, STAGING_ALIGN, STAGING_SLOTS, TensorPlacement};
 use tracing::info;
 
-use crate::ranks::Ranks;
+use crate::ranks::{RankOf, Ranks};
+use crate::remote::Processes;
 
 /// Where weights come from: a checkpoint's mapped files, or the rule of a synthetic model.
 pub trait WeightSource: Sync {
@@ -57,6 +58,16 @@ pub enum LoadError {
         /// The tensor.
         tensor: String,
     },
+    /// A tensor rests in another process than the one that needs it.
+    #[error(
+        "`{tensor}` is used by rank {device}, but rests on a GPU of another process: weights are not streamed between processes"
+    )]
+    Elsewhere {
+        /// The tensor.
+        tensor: String,
+        /// Who needs it.
+        device: Device,
+    },
     /// A rank could not be set up.
     #[error("setting up rank {device}: {source}")]
     Rank {
@@ -90,19 +101,39 @@ impl LoadError {
 }
 
 /// Loads every tensor of `plan` from `source` and starts the ranks. `make_backend` opens a device with an arena of
-/// exactly what the plan gives it, less the reserve.
+/// exactly what the plan gives it, less the reserve. With several `processes`, each loads what is its own.
 ///
 /// # Errors
 /// Where a tensor is missing or unreadable, or a device refuses.
-pub fn load_plan<B: Backend>(
+pub fn load_plan<B: Portable>(
     plan: &Plan, spec: &ModelSpec, source: &dyn WeightSource, rope_mode: RopeMode,
     make_backend: &dyn Fn(&DevicePlan) -> Result<B, BackendError>, progress: LoadProgress<'_>,
+    processes: Option<Processes>,
 ) -> Result<Ranks<B>, LoadError> {
+    let process = processes.as_ref().map_or(0, Processes::rank);
+    let ranks = load_ranks(plan, spec, source, rope_mode, make_backend, progress, process).inspect_err(|error| {
+        if let Some(processes) = &processes {
+            processes.fail(&error.to_string());
+        }
+    })?;
+    let rank_of = |device: Device| {
+        ranks.iter().position(|rank| rank.device == device).expect("plans list every device that executes a stage")
+    };
+    let stages = plan.stages.iter().map(|stage| (rank_of(stage.device), stage.units.clone())).collect();
+    Ok(Ranks::start(ranks, stages, |doors| processes.map(|processes| processes.open(doors)).transpose())?)
+}
+
+/// All ranks of the plan, those of `process` loaded.
+fn load_ranks<B: Portable>(
+    plan: &Plan, spec: &ModelSpec, source: &dyn WeightSource, rope_mode: RopeMode,
+    make_backend: &dyn Fn(&DevicePlan) -> Result<B, BackendError>, progress: LoadProgress<'_>, process: usize,
+) -> Result<Vec<RankOf<B>>, LoadError> {
     if spec.grouped_kv {
         return Err(LoadError::Unsupported { model: plan.model.clone() });
     }
+    let used: Vec<&DevicePlan> = plan.devices.iter().filter(|device| plan.uses(device.device)).collect();
     let mut backends = BTreeMap::new();
-    for device in plan.devices.iter().filter(|device| plan.uses(device.device)) {
+    for device in used.iter().filter(|planned| planned.device.process() == process) {
         backends.insert(device.device, Arc::new(make_backend(device).map_err(LoadError::Open)?));
     }
     let inv_freq = inv_freq(spec, source)?;
@@ -113,7 +144,11 @@ pub fn load_plan<B: Backend>(
         let groups = grouped.entry(placed.executes_on).or_default();
         groups.entry((placed.unit, placed.group)).or_default().push(placed);
     }
-    for (device, backend) in backends {
+    for device in used.iter().map(|planned| planned.device) {
+        let Some(backend) = backends.remove(&device) else {
+            ranks.push(RankOf { device, here: None });
+            continue;
+        };
         let units: Vec<Unit> =
             plan.stages.iter().filter(|stage| stage.device == device).flat_map(|stage| stage.units.clone()).collect();
         let failed = |source| LoadError::Rank { device, source };
@@ -129,13 +164,9 @@ pub fn load_plan<B: Backend>(
         let rank_spec = RankSpec { spec: spec.clone(), limits, units, inv_freq: inv_freq.clone(), rope_mode };
         let rank = Rank::new(Arc::clone(&backend), rank_spec, weights).map_err(failed)?;
         info!(%device, bytes = backend.memory().in_use, "loaded rank");
-        ranks.push((device, backend, rank));
+        ranks.push(RankOf { device, here: Some((backend, rank)) });
     }
-    let rank_of = |device: Device| {
-        ranks.iter().position(|(known, ..)| *known == device).expect("plans list every device that executes a stage")
-    };
-    let stages = plan.stages.iter().map(|stage| (rank_of(stage.device), stage.units.clone())).collect();
-    Ok(Ranks::start(ranks, stages)?)
+    Ok(ranks)
 }
 
 /// Threads that load onto one device.
@@ -164,6 +195,11 @@ fn place_weights<B: Backend>(
 ) -> Result<Vec<PlacedTensor<B::Weight>>, LoadError> {
     let wanted: Vec<(usize, &TensorPlacement)> =
         plan.placements.iter().enumerate().filter(|(_, placement)| !placement.tensor.optional).collect();
+    if let Some((_, placement)) = wanted.iter().find(|(_, placement)| crosses_processes(placement)) {
+        return Err(LoadError::Elsewhere { tensor: placement.tensor.name.clone(), device: placement.executes_on });
+    }
+    let is_here = |placement: &TensorPlacement| backends.contains_key(&placement.executes_on);
+    let wanted: Vec<_> = wanted.into_iter().filter(|(_, placement)| is_here(placement)).collect();
     let total: u64 = wanted.iter().map(|(_, placement)| placement.bytes).sum();
     let done = AtomicU64::new(0);
     progress(0, total);
@@ -199,6 +235,11 @@ fn place_weights<B: Backend>(
     })?;
     all.sort_by_key(|(index, _)| *index);
     Ok(all.into_iter().map(|(_, placed)| placed).collect())
+}
+
+/// Whether a tensor would have to be streamed from another process.
+fn crosses_processes(placement: &TensorPlacement) -> bool {
+    matches!(placement.residency, Residency::Peer(peer) if peer.process() != placement.executes_on.process())
 }
 
 /// The device whose backend handles the tensor.

@@ -9,9 +9,13 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use cogvlm_backend::{Backend, BackendError, MemoryUse};
+use cogvlm_cluster::ClusterError;
 use cogvlm_core::{Device, Unit};
 use cogvlm_model::{Captured, Crossing, Rank, StageOutput, Step};
+use serde::{Deserialize, Serialize};
 use tracing::debug_span;
+
+use crate::remote::{Remote, reads_pixels};
 
 /// What went wrong on a rank.
 #[derive(Debug, thiserror::Error)]
@@ -40,13 +44,20 @@ pub enum RankError {
         /// The rank's device.
         device: Device,
     },
+    /// Another process says what went wrong with a step.
+    #[error("{0}")]
+    Elsewhere(String),
+    /// A process of the run is gone, and with it the run.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
 }
 
 /// Names a step that is under way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct StepId(u64);
 
 /// A step that has passed through all stages.
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct StepResult {
     pub(crate) tokens: Vec<u32>,
     pub(crate) logits: Vec<Vec<f32>>,
@@ -55,13 +66,16 @@ pub(crate) struct StepResult {
 }
 
 /// A step on its way through the stages.
-struct Envelope<B: Backend> {
-    id: StepId,
-    step: Arc<Step>,
-    stage: usize,
-    input: Option<Crossing<B::Parcel>>,
-    captured: Vec<Captured>,
+pub(crate) struct Envelope<B: Backend> {
+    pub(crate) id: StepId,
+    pub(crate) step: Arc<Step>,
+    pub(crate) stage: usize,
+    pub(crate) input: Option<Crossing<B::Parcel>>,
+    pub(crate) captured: Vec<Captured>,
+    /// Vision units on ranks of this process.
     vision: Vec<VisionSpan<B>>,
+    /// Time of vision units on ranks of other processes.
+    pub(crate) vision_time: Duration,
 }
 
 /// Begin and end of a rank's vision units, in the time of its device.
@@ -70,40 +84,86 @@ struct VisionSpan<B: Backend> {
     moments: [B::Moment; 2],
 }
 
+impl<B: Backend> Envelope<B> {
+    /// One that came from another process.
+    pub(crate) fn arrived(
+        id: StepId, step: Step, stage: usize, input: Option<Crossing<B::Parcel>>, captured: Vec<Captured>,
+        vision_time: Duration,
+    ) -> Self {
+        Self { id, step: Arc::new(step), stage, input, captured, vision: Vec::new(), vision_time }
+    }
+}
+
 /// What a rank's thread is told.
-enum Message<B: Backend> {
+pub(crate) enum Message<B: Backend> {
     Run(Envelope<B>),
     Stop,
 }
 
 /// What the last stage gives: the tokens are on their way.
-struct LastOutput<B: Backend> {
+pub(crate) struct LastOutput<B: Backend> {
     rank: usize,
     stage: usize,
     sampled: Option<B::Sampled>,
     logits: Vec<Vec<f32>>,
     captured: Vec<Captured>,
     vision: Vec<VisionSpan<B>>,
+    vision_time: Duration,
+}
+
+/// What the last stage gave.
+pub(crate) enum Ended<B: Backend> {
+    /// On a rank of this process.
+    Here(LastOutput<B>),
+    /// In another process.
+    Elsewhere(StepResult),
 }
 
 /// What became of a step.
-type Outcome<B> = (StepId, Result<LastOutput<B>, RankError>);
+pub(crate) type Outcome<B> = (StepId, Result<Ended<B>, RankError>);
+
+/// The way to a rank.
+enum Inbox<B: Backend> {
+    Here(Sender<Message<B>>),
+    Elsewhere(Arc<dyn Portal<B>>),
+}
+
+impl<B: Backend> Clone for Inbox<B> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Here(inbox) => Self::Here(inbox.clone()),
+            Self::Elsewhere(portal) => Self::Elsewhere(Arc::clone(portal)),
+        }
+    }
+}
+
+/// The way to the ranks of other processes.
+pub(crate) trait Portal<B: Backend>: Send + Sync {
+    /// Sends a step to `process`, with its images where they are still needed; its rows are of `backend`. `vision_time` is
+    /// that of all its vision units so far.
+    fn send(
+        &self, backend: Option<&B>, process: usize, needs_pixels: bool, envelope: Envelope<B>, vision_time: Duration,
+    ) -> Result<(), RankError>;
+}
 
 /// A stage, and the rank that executes it.
 #[derive(Debug, Clone)]
-struct Route {
-    rank: usize,
-    units: Vec<Unit>,
+pub(crate) struct Route {
+    pub(crate) rank: usize,
+    pub(crate) units: Vec<Unit>,
 }
 
 /// All ranks of a run. Dropping it ends their threads.
 pub struct Ranks<B: Backend> {
     devices: Vec<Device>,
-    backends: Vec<Arc<B>>,
+    /// Of the ranks of this process.
+    backends: Vec<Option<Arc<B>>>,
     routes: Arc<Vec<Route>>,
-    inboxes: Vec<Sender<Message<B>>>,
+    inboxes: Vec<Inbox<B>>,
     results: Receiver<Outcome<B>>,
     threads: Vec<JoinHandle<()>>,
+    /// The other processes of the run, if any; ends after the threads.
+    remote: Option<Remote>,
     /// The only rank, if there is just one: it runs on the caller's thread, which waking another would only delay.
     alone: Option<Mutex<RankThread<B>>>,
     next_id: u64,
@@ -115,27 +175,56 @@ struct RankThread<B: Backend> {
     device: Device,
     rank: Rank<B>,
     routes: Arc<Vec<Route>>,
-    /// Inboxes of all ranks.
-    peers: Vec<Sender<Message<B>>>,
+    backend: Arc<B>,
+    /// Those of all ranks of this process.
+    backends: Vec<Option<Arc<B>>>,
+    /// Processes of all ranks, and the ways to them.
+    peers: Vec<(usize, Inbox<B>)>,
     results: Sender<Outcome<B>>,
 }
 
+/// A rank of the plan.
+pub(crate) struct RankOf<B: Backend> {
+    pub(crate) device: Device,
+    /// Where it is a rank of this process.
+    pub(crate) here: Option<(Arc<B>, Rank<B>)>,
+}
+
 impl<B: Backend> Ranks<B> {
-    /// Starts a thread for each rank. `stages` are in order of execution, each with the index of its rank.
+    /// Starts a thread for each rank of this process. `stages` are in order of execution, each with the index of its rank.
+    /// `connect` is given what other processes need of this one.
     pub(crate) fn start(
-        ranks: Vec<(Device, Arc<B>, Rank<B>)>, stages: Vec<(usize, Vec<Unit>)>,
+        ranks: Vec<RankOf<B>>, stages: Vec<(usize, Vec<Unit>)>,
+        connect: impl FnOnce(Doors<B>) -> std::io::Result<Option<(Remote, Arc<dyn Portal<B>>)>>,
     ) -> std::io::Result<Self> {
         let routes: Arc<Vec<Route>> = Arc::new(stages.into_iter().map(|(rank, units)| Route { rank, units }).collect());
         let (result_sender, results) = channel();
-        let (inboxes, outlets): (Vec<_>, Vec<_>) = ranks.iter().map(|_| channel()).unzip();
-        let (devices, backends, threads) = (Vec::new(), Vec::new(), Vec::new());
+        let (senders, outlets): (Vec<_>, Vec<_>) = ranks.iter().map(|_| channel()).unzip();
+        let backend_of = |rank: &RankOf<B>| rank.here.as_ref().map(|(backend, _)| Arc::clone(backend));
+        let all_backends: Vec<Option<Arc<B>>> = ranks.iter().map(backend_of).collect();
+        let doors = Doors {
+            routes: Arc::clone(&routes),
+            inboxes: senders.clone(),
+            backends: all_backends.clone(),
+            results: result_sender.clone(),
+        };
+        let (remote, portal) = connect(doors)?.unzip();
+        let way = |rank: &RankOf<B>, sender: Sender<Message<B>>| match (&rank.here, &portal) {
+            (None, Some(portal)) => Inbox::Elsewhere(Arc::clone(portal)),
+            _ => Inbox::Here(sender),
+        };
+        let inboxes: Vec<Inbox<B>> = ranks.iter().zip(senders).map(|(rank, sender)| way(rank, sender)).collect();
+        let processes = ranks.iter().map(|rank| rank.device.process());
+        let peers: Vec<(usize, Inbox<B>)> = processes.zip(inboxes.iter().cloned()).collect();
         let is_alone = ranks.len() == 1;
-        let mut all = Self { devices, backends, routes, inboxes, results, threads, alone: None, next_id: 0 };
-        for (index, ((device, backend, rank), inbox)) in ranks.into_iter().zip(outlets).enumerate() {
-            all.devices.push(device);
-            all.backends.push(backend);
-            let (routes, peers, results) = (Arc::clone(&all.routes), all.inboxes.clone(), result_sender.clone());
-            let thread = RankThread { index, device, rank, routes, peers, results };
+        let (devices, threads) = (ranks.iter().map(|rank| rank.device).collect(), Vec::new());
+        let backends = all_backends.clone();
+        let mut all = Self { devices, backends, routes, inboxes, results, threads, remote, alone: None, next_id: 0 };
+        for (index, (RankOf { device, here }, inbox)) in ranks.into_iter().zip(outlets).enumerate() {
+            let Some((backend, rank)) = here else { continue };
+            let (routes, peers, results) = (Arc::clone(&all.routes), peers.clone(), result_sender.clone());
+            let backends = all_backends.clone();
+            let thread = RankThread { index, device, rank, routes, backend, backends, peers, results };
             if is_alone {
                 all.alone = Some(Mutex::new(thread));
                 break;
@@ -175,13 +264,16 @@ impl<B: Backend> Ranks<B> {
         self.next_id += 1;
         let stage = self.first_stage(&step);
         let rank = self.routes[stage].rank;
-        let (captured, vision) = (Vec::new(), Vec::new());
-        let envelope = Envelope { id, step: Arc::new(step), stage, input: None, captured, vision };
+        let envelope = Envelope::arrived(id, step, stage, None, Vec::new(), Duration::ZERO);
         let stopped = |rank: usize| RankError::Stopped { device: self.devices[rank] };
-        match &self.alone {
+        match (&self.alone, &self.inboxes[rank]) {
             // A step that panicked may have left anything behind.
-            Some(alone) => alone.lock().map_err(|_| stopped(rank))?.pass(envelope),
-            None => self.inboxes[rank].send(Message::Run(envelope)).map_err(|_| stopped(rank))?,
+            (Some(alone), _) => alone.lock().map_err(|_| stopped(rank))?.pass(envelope),
+            (None, Inbox::Here(inbox)) => inbox.send(Message::Run(envelope)).map_err(|_| stopped(rank))?,
+            (None, Inbox::Elsewhere(portal)) => {
+                let needs_pixels = reads_pixels(&self.routes, stage..self.routes.len());
+                portal.send(None, self.devices[rank].process(), needs_pixels, envelope, Duration::ZERO)?;
+            }
         }
         Ok(id)
     }
@@ -193,11 +285,19 @@ impl<B: Backend> Ranks<B> {
     pub(crate) fn wait(&self) -> Result<(StepId, Result<StepResult, RankError>), RankError> {
         loop {
             match self.results.recv_timeout(Duration::from_millis(200)) {
-                Ok((id, outcome)) => return Ok((id, outcome.and_then(|output| self.finish(output)))),
+                Ok((id, Ok(Ended::Here(output)))) => return Ok((id, self.finish(output))),
+                Ok((id, Ok(Ended::Elsewhere(result)))) => return Ok((id, Ok(result))),
+                Ok((id, Err(error))) => return Ok((id, Err(error))),
                 // A thread ends before its ranks are dropped only if it panicked.
                 Err(_) => {
-                    if let Some(rank) = self.threads.iter().position(JoinHandle::is_finished) {
-                        return Err(RankError::Stopped { device: self.devices[rank] });
+                    if let Some(remote) = &self.remote {
+                        remote.check()?;
+                    }
+                    if let Some(thread) = self.threads.iter().find(|thread| thread.is_finished()) {
+                        let name = thread.thread().name().unwrap_or_default();
+                        let mut devices = self.devices.iter().copied();
+                        let device = devices.find(|device| name == format!("rank-{device}")).unwrap_or(Device::Cpu);
+                        return Err(RankError::Stopped { device });
                     }
                 }
             }
@@ -206,13 +306,12 @@ impl<B: Backend> Ranks<B> {
 
     /// Asks for times only once the tokens are there: then every device is past what it measured.
     fn finish(&self, output: LastOutput<B>) -> Result<StepResult, RankError> {
-        let LastOutput { rank, stage, sampled, logits, captured, vision } = output;
-        let tokens = sampled.map_or(Ok(Vec::new()), |sampled| self.backends[rank].sampled(&sampled));
+        let LastOutput { rank, stage, sampled, logits, captured, vision, mut vision_time } = output;
+        let backend = |rank: usize| self.backends[rank].as_ref().expect("what ranks of this process did");
+        let tokens = sampled.map_or(Ok(Vec::new()), |sampled| backend(rank).sampled(&sampled));
         let tokens = tokens.map_err(|source| RankError::Stage { stage, device: self.devices[rank], source })?;
-        let mut vision_time = Duration::ZERO;
-        for VisionSpan { rank, moments: [begin, end] } in vision {
-            let elapsed = self.backends[rank].elapsed(&begin, &end);
-            vision_time += elapsed.map_err(|source| RankError::Clock { device: self.devices[rank], source })?;
+        for span in vision {
+            vision_time += span.time(&**backend(span.rank), self.devices[span.rank])?;
         }
         Ok(StepResult { tokens, logits, captured, vision_time })
     }
@@ -223,16 +322,77 @@ impl<B: Backend> Ranks<B> {
         self.routes.iter().position(works).unwrap_or(0)
     }
 
-    /// What each device holds, in rank order.
+    /// What each device of this process holds, in rank order.
     pub fn memory(&self) -> Vec<(Device, MemoryUse)> {
-        self.devices.iter().copied().zip(self.backends.iter().map(|backend| backend.memory())).collect()
+        let held = |(device, backend): (&Device, &Option<Arc<B>>)| Some((*device, backend.as_ref()?.memory()));
+        self.devices.iter().zip(&self.backends).filter_map(held).collect()
+    }
+
+    /// Works for process 0 until it ends the run: the part of every other process.
+    ///
+    /// # Errors
+    /// Where a process of the run fails.
+    pub fn serve(self) -> Result<(), RankError> {
+        let Some(remote) = &self.remote else { return Ok(()) };
+        loop {
+            match self.results.recv_timeout(Duration::from_millis(50)) {
+                Ok((id, outcome)) => {
+                    let result = match outcome {
+                        Ok(Ended::Here(output)) => self.finish(output),
+                        Ok(Ended::Elsewhere(result)) => Ok(result),
+                        Err(error) => Err(error),
+                    };
+                    remote.tell(id, result)?;
+                }
+                Err(_) => {
+                    remote.check()?;
+                    if let Some(thread) = self.threads.iter().find(|thread| thread.is_finished()) {
+                        let name = thread.thread().name().unwrap_or_default();
+                        return Err(remote.fail(&format!("its thread {name} has stopped")));
+                    }
+                    if remote.is_over() {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl<B: Backend> VisionSpan<B> {
+    /// Waits until both moments have come.
+    fn time(&self, backend: &B, device: Device) -> Result<Duration, RankError> {
+        let [begin, end] = &self.moments;
+        backend.elapsed(begin, end).map_err(|source| RankError::Clock { device, source })
+    }
+}
+
+/// What other processes need of this one.
+pub(crate) struct Doors<B: Backend> {
+    pub(crate) routes: Arc<Vec<Route>>,
+    /// Of all ranks; those of other processes have nobody behind them.
+    pub(crate) inboxes: Vec<Sender<Message<B>>>,
+    pub(crate) backends: Vec<Option<Arc<B>>>,
+    pub(crate) results: Sender<Outcome<B>>,
+}
+
+impl<B: Backend> Clone for Doors<B> {
+    fn clone(&self) -> Self {
+        let Self { routes, inboxes, backends, results } = self;
+        let (routes, inboxes) = (Arc::clone(routes), inboxes.clone());
+        Self { routes, inboxes, backends: backends.clone(), results: results.clone() }
     }
 }
 
 impl<B: Backend> Drop for Ranks<B> {
     fn drop(&mut self) {
+        if let Some(remote) = &self.remote {
+            remote.end();
+        }
         for inbox in &self.inboxes {
-            drop(inbox.send(Message::Stop));
+            if let Inbox::Here(inbox) = inbox {
+                drop(inbox.send(Message::Stop));
+            }
         }
         for thread in self.threads.drain(..) {
             drop(thread.join());
@@ -251,18 +411,35 @@ impl<B: Backend> RankThread<B> {
     fn pass(&mut self, envelope: Envelope<B>) {
         let id = envelope.id;
         match self.run_stages(envelope) {
-            Ok(Passed::On(rank, envelope)) => {
+            Ok(Passed::On(rank, envelope)) => match &self.peers[rank] {
                 // The peer is gone only if it panicked, which the engine notices.
-                drop(self.peers[rank].send(Message::Run(envelope)));
-            }
+                (_, Inbox::Here(inbox)) => drop(inbox.send(Message::Run(envelope))),
+                (process, Inbox::Elsewhere(portal)) => {
+                    let needs_pixels = reads_pixels(&self.routes, envelope.stage..self.routes.len());
+                    let sent = self
+                        .vision_time(&envelope)
+                        .and_then(|time| portal.send(Some(&self.backend), *process, needs_pixels, envelope, time));
+                    if let Err(error) = sent {
+                        drop(self.results.send((id, Err(error))));
+                    }
+                }
+            },
             // The engine is gone only while everything is being dropped.
-            Ok(Passed::Last(output)) => drop(self.results.send((id, Ok(output)))),
+            Ok(Passed::Last(output)) => drop(self.results.send((id, Ok(Ended::Here(output))))),
             Err(error) => drop(self.results.send((id, Err(error)))),
         }
     }
 
+    /// The time of all vision units so far, for another process, which cannot ask this one's devices.
+    fn vision_time(&self, envelope: &Envelope<B>) -> Result<Duration, RankError> {
+        envelope.vision.iter().try_fold(envelope.vision_time, |time, span| {
+            let backend = self.backends[span.rank].as_ref().unwrap_or(&self.backend);
+            Ok(time + span.time(backend, self.device)?)
+        })
+    }
+
     fn run_stages(&mut self, envelope: Envelope<B>) -> Result<Passed<B>, RankError> {
-        let Envelope { id, step, mut stage, mut input, mut captured, vision: mut spans } = envelope;
+        let Envelope { id, step, mut stage, mut input, mut captured, vision: mut spans, vision_time } = envelope;
         let routes = Arc::clone(&self.routes);
         loop {
             let device = self.device;
@@ -275,12 +452,14 @@ impl<B: Backend> RankThread<B> {
             spans.extend(vision.map(|moments| VisionSpan { rank: self.index, moments }));
             let Some(next) = routes.get(stage + 1) else {
                 let rank = self.index;
-                return Ok(Passed::Last(LastOutput { rank, stage, sampled, logits, captured, vision: spans }));
+                let vision = spans;
+                return Ok(Passed::Last(LastOutput { rank, stage, sampled, logits, captured, vision, vision_time }));
             };
             stage += 1;
             input = crossing;
             if next.rank != self.index {
-                return Ok(Passed::On(next.rank, Envelope { id, step, stage, input, captured, vision: spans }));
+                let envelope = Envelope { id, step, stage, input, captured, vision: spans, vision_time };
+                return Ok(Passed::On(next.rank, envelope));
             }
         }
     }

@@ -236,7 +236,7 @@ fn unit_path(unit: Unit) -> String {
 
 fn device_value(device: Device) -> Value {
     match device {
-        Device::Gpu(ordinal) => ordinal.into(),
+        Device::Gpu(number) if device.process() == 0 => number.into(),
         place => place.to_string().into(),
     }
 }

@@ -273,29 +273,23 @@ impl Links {
         if self.measured_on.is_none() || self.virtual_ranks {
             return missing;
         }
-        let cards: Vec<u32> = devices
-            .iter()
-            .filter_map(|device| if let Device::Gpu(card) = device { Some(*card) } else { None })
-            .collect();
-        for &card in &cards {
-            match self.cards.get(&card).map(|(_, source, _)| source) {
-                None => {
-                    missing.push(format!("there are no measured rates of `{card}`: those of a 24 GB card are assumed"))
-                }
-                Some(Source::Recorded(name)) => {
-                    missing.push(format!(
-                        "there are no measured rates of `{card}`: those recorded of an {name} are taken"
-                    ));
-                }
-                Some(_) => {}
-            }
+        let card = |device: &Device| if let Device::Gpu(card) = device { Some((*card, *device)) } else { None };
+        let cards: Vec<(u32, Device)> = devices.iter().filter_map(card).collect();
+        for (card, device) in &cards {
+            let instead = match self.cards.get(card).map(|(_, source, _)| source) {
+                None => "of a 24 GB card are assumed".to_owned(),
+                Some(Source::Recorded(name)) => format!("recorded of an {name} are taken"),
+                Some(_) => continue,
+            };
+            missing.push(format!("there are no measured rates of `{device}`: those {instead}"));
         }
-        for (index, from) in cards.iter().enumerate() {
-            for to in &cards[index + 1..] {
+        for (index, (from, sender)) in cards.iter().enumerate() {
+            for (to, receiver) in &cards[index + 1..] {
                 let known = self.pairs.contains_key(&(*from, *to)) || self.pairs.contains_key(&(*to, *from));
                 if !known {
                     missing.push(format!(
-                        "there are no measured rates between `{from}` and `{to}`: {} GB/s through the host are assumed",
+                        "there are no measured rates between `{sender}` and `{receiver}`: {} GB/s through the host are \
+                         assumed",
                         ASSUMED_PAIR.bytes_per_s / 1e9
                     ));
                 }

@@ -39,7 +39,7 @@ pub struct DeviceBudget {
 pub const CUDA_RESERVE_BYTES: u64 = 600 * MIB;
 /// Bytes of host memory for which a card that streams from it needs a byte more: what the driver keeps for each page that
 /// is registered. 16.2 GB took 50 MB, 20.4 GB took 60 MB of an H100 (driver 580).
-const HOST_BYTES_PER_RESERVED_BYTE: u64 = 256;
+const HOST_BYTES_PER_RESERVED_BYTE: u64 = 384;
 
 /// The same for a virtual rank of the CPU backend, which holds nothing but its arena.
 pub const VIRTUAL_RANK_RESERVE_BYTES: u64 = 0;

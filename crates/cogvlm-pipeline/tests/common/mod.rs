@@ -50,7 +50,7 @@ pub(crate) fn engine_of(
         let capacity = device.used_bytes() - device.reserved_bytes;
         CpuBackend::new(device.device, capacity, activations, Arc::clone(&threads))
     };
-    let ranks = load_plan(plan, spec, source, RopeMode::Float32, &make, &|_, _| ()).unwrap();
+    let ranks = load_plan(plan, spec, source, RopeMode::Float32, &make, &|_, _| (), None).unwrap();
     Engine::new(spec.clone(), plan.limits, ranks)
 }
 

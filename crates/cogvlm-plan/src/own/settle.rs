@@ -52,7 +52,8 @@ impl Planner<'_> {
             }
             let on = executes_on[group.unit];
             let mut peer = || {
-                let peers = self.cards.iter().zip(&mut free).filter(|(card, _)| card.device != on);
+                let is_peer = |device: Device| device != on && device.process() == on.process();
+                let peers = self.cards.iter().zip(&mut free).filter(|(card, _)| is_peer(card.device));
                 let mut roomy = peers.filter(|(_, free)| **free >= group.bytes);
                 roomy.next().map(|(card, free)| {
                     *free -= group.bytes;

@@ -2,7 +2,7 @@
 //!
 //! [`plan()`] makes plans by policies of our own, [`accelerate`] reproduces accelerate's device maps exactly, and
 //! [`plan::Plan`] is what either comes to: who executes each unit, where each weight rests, what every device then
-//! holds and every link carries. Nothing here opens a file or knows a GPU.
+//! holds and every link carries. Nothing here opens a file or a GPU.
 #![forbid(unsafe_code)]
 
 pub mod accelerate;

@@ -135,7 +135,7 @@ if [[ ! $list_only ]]; then
     nvidia-smi --query-gpu=index,name,driver_version,memory.total,memory.used --format=csv,noheader 2>/dev/null
 fi
 
-run_command doctor 60 "$program" doctor --backend cuda
+run_command doctor 180 "$program" doctor --backend cuda
 for executable in tests/*; do
     name=${executable##*/}
     case $name in

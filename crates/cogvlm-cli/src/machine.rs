@@ -6,7 +6,7 @@ use std::collections::btree_map::Entry;
 use cogvlm_core::Device;
 use cogvlm_core::memory::{MIB, format_bytes};
 use cogvlm_cuda::{Context, CudaError};
-use cogvlm_plan::plan::{DeviceBudget, Plan, PlanRequest, Policy, Residency};
+use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Residency};
 use cogvlm_plan::{parse_max_memory, plan};
 
 use crate::args::{BackendArg, PlacementArgs};
@@ -87,7 +87,7 @@ impl Machine {
     /// Bytes free now for a device: on the GPU, or on the host.
     pub(crate) fn free_bytes(&mut self, device: Device) -> CliResult<u64> {
         match (self, device) {
-            (Self::Gpus(open), Device::Gpu(ordinal)) => {
+            (Self::Gpus(open), device) if let Some(ordinal) = device.ordinal() => {
                 let (free, _) = opened(open, ordinal).and_then(Context::memory).map_err(cuda_error)?;
                 Ok(free)
             }
@@ -95,12 +95,15 @@ impl Machine {
         }
     }
 
-    /// Opens every GPU that `plan` uses and compares its memory with what the plan needs there, before anything is
-    /// loaded.
-    pub(crate) fn check(&mut self, plan: &Plan) -> CliResult {
+    /// Opens every GPU that `plan` uses in process `process` and compares its memory with what the plan needs there,
+    /// before anything is loaded.
+    pub(crate) fn check(&mut self, plan: &Plan, process: usize) -> CliResult {
         let Self::Gpus(open) = self else { return Ok(()) };
-        for planned in plan.devices.iter().filter(|planned| plan.uses(planned.device)) {
-            let Device::Gpu(ordinal) = planned.device else { continue };
+        let is_used = |planned: &&DevicePlan| plan.uses(planned.device) && planned.device.process() == process;
+        let mut used = Vec::new();
+        for planned in plan.devices.iter().filter(is_used) {
+            let Some(ordinal) = planned.device.ordinal() else { continue };
+            used.push(ordinal);
             let context = opened(open, ordinal).map_err(cuda_error)?;
             let (free, total) = context.memory().map_err(cuda_error)?;
             let (name, needed) = (context.info().name.clone(), planned.used_bytes());
@@ -113,7 +116,7 @@ impl Machine {
                 return Err(cuda_error(CudaError::TooLittleMemory { ordinal, name, free, needed }));
             }
         }
-        open.retain(|ordinal, _| plan.uses(Device::Gpu(*ordinal)));
+        open.retain(|ordinal, _| used.contains(ordinal));
         Ok(())
     }
 }

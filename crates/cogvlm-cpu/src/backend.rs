@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cogvlm_backend::{
-    Activation, Arena, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostRows, HostWeight, Lease, MemoryUse,
-    PatchGeometry, PatchWeights, Portable, RopeMode, SampleRequest, StagedSource,
+    Activation, Arena, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostRows, HostWeight, Lease,
+    MemoryUse, PatchGeometry, PatchWeights, Portable, RopeMode, SampleRequest, StagedSource,
 };
 use cogvlm_core::tokens::ExpertRange;
 use cogvlm_core::workspace::StepLimits;

@@ -4,9 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use cogvlm_backend::{
-    Backend, BackendError, HostReadError, HostTensor, HostWeight, Portable, RopeMode, rope,
-};
+use cogvlm_backend::{Backend, BackendError, HostReadError, HostTensor, HostWeight, Portable, RopeMode, rope};
 use cogvlm_core::{DType, Device, ModelSpec, TensorSpec, Unit, WeightGroup};
 use cogvlm_model::{GroupKey, GroupSource, Rank, RankSpec, SourceTensor, Weights};
 use cogvlm_plan::plan::{DevicePlan, Plan, Residency, STAGING_ALIGN, STAGING_SLOTS, TensorPlacement};
@@ -61,7 +59,9 @@ pub enum LoadError {
         tensor: String,
     },
     /// A tensor rests in another process than the one that needs it.
-    #[error("`{tensor}` is used by rank {device}, but rests on a GPU of another process: weights are not streamed between processes")]
+    #[error(
+        "`{tensor}` is used by rank {device}, but rests on a GPU of another process: weights are not streamed between processes"
+    )]
     Elsewhere {
         /// The tensor.
         tensor: String,

@@ -216,7 +216,7 @@ impl<B: Backend> Ranks<B> {
         let inboxes: Vec<Inbox<B>> = ranks.iter().zip(senders).map(|(rank, sender)| way(rank, sender)).collect();
         let processes = ranks.iter().map(|rank| rank.device.process());
         let peers: Vec<(usize, Inbox<B>)> = processes.zip(inboxes.iter().cloned()).collect();
-        let is_alone = ranks.len() == 1;
+        let is_alone = ranks.len() == 1 && remote.is_none();
         let (devices, threads) = (ranks.iter().map(|rank| rank.device).collect(), Vec::new());
         let backends = all_backends.clone();
         let mut all = Self { devices, backends, routes, inboxes, results, threads, remote, alone: None, next_id: 0 };
@@ -416,9 +416,9 @@ impl<B: Backend> RankThread<B> {
                 (_, Inbox::Here(inbox)) => drop(inbox.send(Message::Run(envelope))),
                 (process, Inbox::Elsewhere(portal)) => {
                     let needs_pixels = reads_pixels(&self.routes, envelope.stage..self.routes.len());
-                    let sent = self.vision_time(&envelope).and_then(|time| {
-                        portal.send(Some(&self.backend), *process, needs_pixels, envelope, time)
-                    });
+                    let sent = self
+                        .vision_time(&envelope)
+                        .and_then(|time| portal.send(Some(&self.backend), *process, needs_pixels, envelope, time));
                     if let Err(error) = sent {
                         drop(self.results.send((id, Err(error))));
                     }

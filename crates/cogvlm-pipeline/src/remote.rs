@@ -225,10 +225,10 @@ impl<B: Portable> Portal<B> for Gate {
 
 /// A step that others of this process still look at.
 fn copy_of(step: &Step) -> Step {
-    let images = step.images.iter().map(|image| cogvlm_model::StepImage {
-        pixels: Arc::clone(&image.pixels),
-        first_row: image.first_row,
-    });
+    let images = step
+        .images
+        .iter()
+        .map(|image| cogvlm_model::StepImage { pixels: Arc::clone(&image.pixels), first_row: image.first_row });
     Step {
         batch: step.batch.clone(),
         images: images.collect(),

@@ -1,6 +1,6 @@
 //! What the hardware could do at most, measured in the same run.
 
-use cogvlm_core::{DType, Device, Unit};
+use cogvlm_core::{DType, Unit};
 use cogvlm_cpu::ceiling as host;
 use cogvlm_cuda::ceiling as gpu;
 use cogvlm_plan::plan::Plan;
@@ -31,7 +31,7 @@ impl Ceilings {
         let decodes = |unit: &Unit| matches!(unit, Unit::DecoderLayer(_));
         let stage = plan.stages.iter().find(|stage| stage.units.iter().any(decodes));
         match stage.map(|stage| stage.device) {
-            Some(Device::Gpu(ordinal)) if on_gpus => Self::of_gpu(ordinal),
+            Some(device) if let (true, Some(ordinal)) = (on_gpus, device.ordinal()) => Self::of_gpu(ordinal),
             _ => Some(Self::of_host(activations)),
         }
     }

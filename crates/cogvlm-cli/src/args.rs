@@ -177,6 +177,23 @@ pub(crate) struct ModelArgs {
     /// Threads of what the host executes [default: all cores].
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+}
+
+/// Which process of a run over several processes this is. All of them are started with the same flags; budgets of process
+/// P are named P/N in --max-memory. By default the launcher's variables say so (Slurm, mpirun, torchrun, Kubernetes).
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct ClusterArgs {
+    /// This process, from 0 [default: what the launcher's variables say].
+    #[arg(long, value_name = "P", help_heading = "Several processes")]
+    pub(crate) process_rank: Option<usize>,
+    /// How many processes there are [default: likewise].
+    #[arg(long, value_name = "N", help_heading = "Several processes")]
+    pub(crate) num_processes: Option<usize>,
+    /// Where process 0 listens [default: likewise].
+    #[arg(long, value_name = "HOST[:PORT]", help_heading = "Several processes")]
+    pub(crate) coordinator: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

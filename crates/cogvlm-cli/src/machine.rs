@@ -2,13 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::path::Path;
 
 use cogvlm_core::Device;
 use cogvlm_core::memory::{MIB, format_bytes};
 use cogvlm_cuda::{Context, CudaError};
 use cogvlm_plan::links::Links;
-use cogvlm_plan::plan::{DeviceBudget, Plan, PlanRequest, Policy, Residency};
+use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Residency};
 use cogvlm_plan::{parse_max_memory, plan};
 
 use crate::args::{BackendArg, PlacementArgs};
@@ -49,17 +48,20 @@ impl Machine {
         matches!(self, Self::Gpus(_))
     }
 
-    /// Rates of this machine: those of `--links`, else what is recorded of GPUs of these names, else assumed ones.
-    pub(crate) fn links(&self, placement: &PlacementArgs) -> CliResult<Links> {
-        let links = placement.links.as_deref().map_or_else(|| Ok(Links::default()), read_links)?;
-        Ok(match self {
+    /// Rates for a plan on `budgets`: `links` of a file or assumed ones, and what is recorded of GPUs of the names that
+    /// the driver gives.
+    pub(crate) fn links(&self, links: Links, budgets: &[DeviceBudget]) -> Links {
+        // All processes of a run make the same plan, whatever each of them sees.
+        let is_alone = budgets.iter().all(|budget| budget.device.process() == 0);
+        match self {
             Self::Host => links.with_virtual_ranks(),
             // Asking for names opens no GPU. Without a driver the plan is for another machine.
-            Self::Gpus(_) => {
+            Self::Gpus(_) if is_alone => {
                 let found = cogvlm_cuda::devices().into_iter().flatten();
                 found.fold(links, |links, gpu| links.with_card_name(gpu.ordinal, &gpu.name))
             }
-        })
+            Self::Gpus(_) => links,
+        }
     }
 
     /// The budgets of `--max-memory`, or what is free now.
@@ -103,7 +105,7 @@ impl Machine {
     /// Bytes free now for a device: on the GPU, or on the host.
     pub(crate) fn free_bytes(&mut self, device: Device) -> CliResult<u64> {
         match (self, device) {
-            (Self::Gpus(open), Device::Gpu(ordinal)) => {
+            (Self::Gpus(open), device) if let Some(ordinal) = device.ordinal() => {
                 let (free, _) = opened(open, ordinal).and_then(Context::memory).map_err(cuda_error)?;
                 Ok(free)
             }
@@ -111,12 +113,15 @@ impl Machine {
         }
     }
 
-    /// Opens every GPU that `plan` uses and compares its memory with what the plan needs there, before anything is
-    /// loaded.
-    pub(crate) fn check(&mut self, plan: &Plan) -> CliResult {
+    /// Opens every GPU that `plan` uses in process `process` and compares its memory with what the plan needs there,
+    /// before anything is loaded.
+    pub(crate) fn check(&mut self, plan: &Plan, process: usize) -> CliResult {
         let Self::Gpus(open) = self else { return Ok(()) };
-        for planned in plan.devices.iter().filter(|planned| plan.uses(planned.device)) {
-            let Device::Gpu(ordinal) = planned.device else { continue };
+        let is_used = |planned: &&DevicePlan| plan.uses(planned.device) && planned.device.process() == process;
+        let mut used = Vec::new();
+        for planned in plan.devices.iter().filter(is_used) {
+            let Some(ordinal) = planned.device.ordinal() else { continue };
+            used.push(ordinal);
             let context = opened(open, ordinal).map_err(cuda_error)?;
             let (free, total) = context.memory().map_err(cuda_error)?;
             let (name, needed) = (context.info().name.clone(), planned.used_bytes());
@@ -129,7 +134,7 @@ impl Machine {
                 return Err(cuda_error(CudaError::TooLittleMemory { ordinal, name, free, needed }));
             }
         }
-        open.retain(|ordinal, _| plan.uses(Device::Gpu(*ordinal)));
+        open.retain(|ordinal, _| used.contains(ordinal));
         Ok(())
     }
 }
@@ -142,8 +147,9 @@ fn opened(open: &mut BTreeMap<u32, Context>, ordinal: u32) -> Result<&Context, C
     })
 }
 
-/// Rates, alone or in what `doctor --json` writes.
-fn read_links(path: &Path) -> CliResult<Links> {
+/// Rates of `--links`, alone or in what `doctor --json` writes; assumed ones without it.
+pub(crate) fn read_links(placement: &PlacementArgs) -> CliResult<Links> {
+    let Some(path) = &placement.links else { return Ok(Links::default()) };
     let text = read_text(path)?;
     Links::from_json(&text).map_err(|error| {
         CliError::new(format!("`{}`: {error}", path.display()))

@@ -3,6 +3,7 @@
 
 mod answer;
 mod args;
+mod cluster;
 mod commands;
 mod error;
 mod interrupt;

@@ -13,7 +13,7 @@ use cogvlm_core::{DType, Device, ModelConfig, ModelSpec};
 use cogvlm_cpu::CpuBackend;
 use cogvlm_cuda::CudaBackend;
 use cogvlm_device::AnyBackend;
-use cogvlm_pipeline::{Engine, LoadError, load_plan};
+use cogvlm_pipeline::{Engine, LoadError, Processes, load_plan};
 use cogvlm_plan::accelerate::ModuleTree;
 use cogvlm_plan::links::Links;
 use cogvlm_plan::plan::{
@@ -23,9 +23,10 @@ use cogvlm_plan::{PlanError, plan};
 use serde::Deserialize;
 
 use crate::args::{BackendArg, ModelArgs, PlacementArgs, RopeArg};
+use crate::cluster;
 use crate::commands::plan::accelerate_map;
 use crate::error::{CliError, CliResult};
-use crate::machine::{Machine, is_automatic, on_one_gpu};
+use crate::machine::{Machine, is_automatic, on_one_gpu, read_links};
 use crate::output::note;
 use crate::progress::byte_bar;
 use crate::prompt::read_text;
@@ -52,7 +53,8 @@ pub(crate) struct PlannedModel {
 
 impl Session {
     /// Plans and loads the model `source`, which `args` name. The plan is shown before the load where `show_plan` says so.
-    pub(crate) fn open(args: &ModelArgs, source: ModelSource, show_plan: bool) -> CliResult<Self> {
+    /// `None` in a process that has worked for process 0 until the end of the run.
+    pub(crate) fn open(args: &ModelArgs, source: ModelSource, show_plan: bool) -> CliResult<Option<Self>> {
         match args.backend {
             BackendArg::Cpu => Self::open_on(Machine::Host, args, source, show_plan),
             BackendArg::Cuda => Self::open_on(Machine::gpus()?, args, source, show_plan),
@@ -76,28 +78,31 @@ impl Session {
         }
     }
 
-    fn open_on(mut machine: Machine, args: &ModelArgs, source: ModelSource, show_plan: bool) -> CliResult<Self> {
+    fn open_on(
+        mut machine: Machine, args: &ModelArgs, source: ModelSource, show_plan: bool,
+    ) -> CliResult<Option<Self>> {
         let start = Instant::now();
         let request = plan_request(args, &source, &mut machine)?;
         let plan = make_plan(args, &request, &mut machine)?;
-        if show_plan {
+        let processes = cluster::meet(args, &plan)?;
+        let process = processes.as_ref().map_or(0, Processes::rank);
+        if show_plan && process == 0 {
             note(plan.report(Some(&request)).trim_end());
         }
         for notice in &plan.notices {
             tracing::info!("{notice}");
         }
-        machine.check(&plan)?;
+        let failed = |error: CliError| cluster::fail(processes.as_ref(), error);
+        machine.check(&plan, process).map_err(failed)?;
         let on_gpus = matches!(machine, Machine::Gpus(_));
-        let threads = thread_pool(args.threads)?;
+        let threads = thread_pool(args.threads).map_err(failed)?;
         let num_threads = threads.current_num_threads();
         let activations = DType::from(args.dtype);
         let make_backend = |planned: &DevicePlan| {
             let (device, capacity) = (planned.device, planned.used_bytes() - planned.reserved_bytes);
-            match device {
-                Device::Gpu(ordinal) if on_gpus => {
-                    CudaBackend::new(device, ordinal, capacity, activations).map(AnyBackend::Cuda)
-                }
-                _ => CpuBackend::new(device, capacity, activations, Arc::clone(&threads)).map(AnyBackend::Cpu),
+            match device.ordinal().filter(|_| on_gpus) {
+                Some(ordinal) => CudaBackend::new(device, ordinal, capacity, activations).map(AnyBackend::Cuda),
+                None => CpuBackend::new(device, capacity, activations, Arc::clone(&threads)).map(AnyBackend::Cpu),
             }
         };
         let rope_mode = match args.rope {
@@ -110,10 +115,16 @@ impl Session {
             bar.set_position(done);
         };
         let spec = source.spec().clone();
-        let ranks = load_plan(&plan, &spec, &source, rope_mode, &make_backend, &progress, None);
+        let ranks = load_plan(&plan, &spec, &source, rope_mode, &make_backend, &progress, processes);
         bar.finish_and_clear();
-        let engine = Engine::new(spec, plan.limits, ranks.map_err(load_error)?);
-        Ok(Self { engine, plan, links: request.links, on_gpus, source, load_time: start.elapsed(), num_threads })
+        let ranks = ranks.map_err(load_error)?;
+        if process > 0 {
+            note(&format!("process {process} is loaded and works for process 0"));
+            ranks.serve().map_err(CliError::new)?;
+            return Ok(None);
+        }
+        let engine = Engine::new(spec, plan.limits, ranks);
+        Ok(Some(Self { engine, plan, links: request.links, on_gpus, source, load_time: start.elapsed(), num_threads }))
     }
 
     /// The most that each device has held, as a JSON object.
@@ -199,7 +210,7 @@ fn plan_request(args: &ModelArgs, source: &ModelSource, machine: &mut Machine) -
     };
     if args.device_map.is_some() && is_automatic(&args.placement) {
         // The map says which devices it means.
-        let (dtype, links) = (DType::from(args.dtype), machine.links(&args.placement)?);
+        let (dtype, links) = (DType::from(args.dtype), machine.links(read_links(&args.placement)?, &[]));
         return request_for(model, &args.placement, dtype, machine.on_gpus(), Vec::new(), links);
     }
     placed_request(model, &args.placement, DType::from(args.dtype), machine)
@@ -210,8 +221,9 @@ pub(crate) fn placed_request(
     model: PlannedModel, placement: &PlacementArgs, activation_dtype: DType, machine: &mut Machine,
 ) -> CliResult<PlanRequest> {
     // A file that does not hold is refused before any GPU is opened.
-    let links = machine.links(placement)?;
+    let links = read_links(placement)?;
     let budgets = machine.budgets(placement)?;
+    let links = machine.links(links, &budgets);
     let request = request_for(model, placement, activation_dtype, machine.on_gpus(), budgets, links)?;
     Ok(if is_automatic(placement) { on_one_gpu(request) } else { request })
 }

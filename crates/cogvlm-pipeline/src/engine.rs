@@ -221,8 +221,11 @@ impl<B: Backend> Engine<B> {
             let begun = Instant::now();
             let sequences: Vec<&Sequence> = indices.iter().map(|index| &self.running[*index]).collect();
             let step = step_of(&sequences, &self.spec);
-            let (num_rows, requests) = (step.batch.num_rows(), sequences.iter().map(|sequence| sequence.id).collect());
-            let id = self.ranks.submit(step)?;
+            let num_rows = step.batch.num_rows();
+            let requests: Vec<RequestId> = sequences.iter().map(|sequence| sequence.id).collect();
+            let id = self.ranks.submit(step).inspect_err(|_| {
+                self.running.retain(|sequence| !requests.contains(&sequence.id));
+            })?;
             self.num_turns += 1;
             for index in indices {
                 self.running[index].num_under_way += 1;

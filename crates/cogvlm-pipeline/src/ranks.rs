@@ -216,7 +216,7 @@ impl<B: Backend> Ranks<B> {
         let inboxes: Vec<Inbox<B>> = ranks.iter().zip(senders).map(|(rank, sender)| way(rank, sender)).collect();
         let processes = ranks.iter().map(|rank| rank.device.process());
         let peers: Vec<(usize, Inbox<B>)> = processes.zip(inboxes.iter().cloned()).collect();
-        let is_alone = ranks.len() == 1;
+        let is_alone = ranks.len() == 1 && remote.is_none();
         let (devices, threads) = (ranks.iter().map(|rank| rank.device).collect(), Vec::new());
         let backends = all_backends.clone();
         let mut all = Self { devices, backends, routes, inboxes, results, threads, remote, alone: None, next_id: 0 };

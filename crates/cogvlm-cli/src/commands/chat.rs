@@ -34,7 +34,7 @@ pub(crate) fn run(args: &ChatArgs) -> CliResult {
     let tokenizer = open_tokenizer(args.tokenizer.tokenizer.as_ref(), &args.model.model)?;
     let template = args.template.map_or(source.spec().template, Into::into);
     let image = args.image.as_deref().map(|path| read_image(path, source.spec())).transpose()?;
-    let mut session = Session::open(&args.model, source, false)?;
+    let Some(mut session) = Session::open(&args.model, source, false)? else { return Ok(()) };
     let mut conversation = Conversation { template, image, history: Vec::new(), prefix: None };
     let mut lines = Lines::open()?;
     if lines.interactive() {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::answer;
-use crate::args::{BackendArg, DTypeArg, ModelArgs, PlacementArgs, PolicyArg, RopeArg, SamplingArgs};
+use crate::args::{BackendArg, ClusterArgs, DTypeArg, ModelArgs, PlacementArgs, PolicyArg, RopeArg, SamplingArgs};
 use crate::error::CliResult;
 use crate::output::{note, print, print_line};
 use crate::prompt::layout_of_text;
@@ -39,9 +39,10 @@ pub(crate) fn run() -> CliResult {
         dtype: DTypeArg::Bf16,
         rope: RopeArg::Float32,
         threads: None,
+        cluster: ClusterArgs::default(),
     };
     note(&format!("$ cogvlm-shard plan {MODEL} --backend cpu --max-memory {MAX_MEMORY} --context 1536"));
-    let mut session = Session::open(&args, open_source(MODEL)?, true)?;
+    let Some(mut session) = Session::open(&args, open_source(MODEL)?, true)? else { return Ok(()) };
     let tokenizer = Tokenizer::from_sentencepiece(TOKENIZER, Path::new("tokenizer.model"))?;
     let spec = session.engine.spec().clone();
     let photo = cogvlm_input::image::decode_image(PHOTO)?;

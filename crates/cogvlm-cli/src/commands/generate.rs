@@ -51,7 +51,7 @@ pub(crate) fn run(args: &GenerateArgs) -> CliResult {
     let source = open_source(&args.model.model)?;
     let tokenizer = find_tokenizer(args)?;
     let questions = read_questions(args, source.spec(), tokenizer.as_ref())?;
-    let mut session = Session::open(&args.model, source.clone(), false)?;
+    let Some(mut session) = Session::open(&args.model, source.clone(), false)? else { return Ok(()) };
     let context_len = session.plan.limits.context_len;
     let request = |question: &Question| Request {
         layout: question.layout.clone(),

@@ -13,7 +13,7 @@ pub(crate) fn repo(path: &str) -> PathBuf {
 }
 
 /// The program: the one that cargo built for the test, or the one that COGVLM_TEST_PROGRAM names.
-fn program() -> Command {
+pub(crate) fn program() -> Command {
     Command::new(std::env::var_os("COGVLM_TEST_PROGRAM").unwrap_or_else(|| env!("CARGO_BIN_EXE_cogvlm-shard").into()))
 }
 

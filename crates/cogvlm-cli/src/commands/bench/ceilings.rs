@@ -53,10 +53,18 @@ impl Measured {
         let mut all_measured = true;
         let mut ceilings = host.filter(|_| decoding == Device::Cpu).map(|host| Ceilings::of_host(&host, activations));
         for planned in plan.devices.iter().filter(|planned| plan.uses(planned.device)) {
-            let Device::Gpu(ordinal) = planned.device else { continue };
+            let Some(ordinal) = planned.device.ordinal() else { continue };
+            // GPUs of other processes are taken to be like the one of the same number here, for shares alone.
+            let is_here = planned.device.process() == 0;
+            all_measured &= is_here;
+            if !is_here && planned.device != decoding {
+                continue;
+            }
             match gpu::measure(ordinal) {
                 Ok(measured) => {
-                    links = links.with_card(ordinal, "", card_rates(&measured));
+                    if is_here {
+                        links = links.with_card(ordinal, "", card_rates(&measured));
+                    }
                     if planned.device == decoding {
                         ceilings = Some(measured.into());
                     }
@@ -70,6 +78,9 @@ impl Measured {
         }
         for link in &plan.links {
             let (Device::Gpu(from), Device::Gpu(to)) = (link.from, link.to) else { continue };
+            if link.from.process() != 0 || link.to.process() != 0 {
+                continue;
+            }
             match gpu::measure_pair(from, to) {
                 Ok(measured) => links = links.with_pair(from, to, peer_rates(&measured)),
                 Err(error) => {

@@ -22,13 +22,10 @@ pub(super) struct DeviceMemory {
 pub(super) fn memory(session: &Session) -> Vec<DeviceMemory> {
     let of_device = |(device, memory): (Device, cogvlm_backend::MemoryUse)| {
         let planned = session.plan.devices.iter().find(|planned| planned.device == device);
-        let driver_used_bytes = match device {
-            Device::Gpu(ordinal) if session.on_gpus => {
-                let memory = cogvlm_cuda::Context::open(ordinal).and_then(|context| context.memory());
-                memory.ok().map(|(free, total)| total - free)
-            }
-            _ => None,
-        };
+        let driver_used_bytes = device.ordinal().filter(|_| session.on_gpus).and_then(|ordinal| {
+            let memory = cogvlm_cuda::Context::open(ordinal).and_then(|context| context.memory());
+            memory.ok().map(|(free, total)| total - free)
+        });
         DeviceMemory {
             device,
             planned_bytes: planned.map_or(0, |planned| planned.used_bytes()),

@@ -69,7 +69,8 @@ pub(crate) fn run(args: &BenchArgs) -> CliResult {
         check_sequences(&args.sequences, batch)?;
     }
     let start = Instant::now();
-    let mut session = Session::open(&args.model, open_source(&args.model.model)?, false)?;
+    let source = open_source(&args.model.model)?;
+    let Some(mut session) = Session::open(&args.model, source, false)? else { return Ok(()) };
     let batch = session.plan.limits.max_sequences;
     check_sequences(&args.sequences, batch)?;
     let spec = session.engine.spec().clone();

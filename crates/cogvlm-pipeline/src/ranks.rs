@@ -225,7 +225,8 @@ impl<B: Backend> Ranks<B> {
 
     /// What each device holds, in rank order.
     pub fn memory(&self) -> Vec<(Device, MemoryUse)> {
-        self.devices.iter().copied().zip(self.backends.iter().map(|backend| backend.memory())).collect()
+        let ranks = self.devices.iter().zip(&self.backends);
+        ranks.flat_map(|(device, backend)| backend.memory_by_device(*device)).collect()
     }
 }
 

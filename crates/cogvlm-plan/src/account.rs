@@ -254,6 +254,7 @@ impl Placement {
             seconds_per_token: times.token_s,
             seconds_per_image: times.image_s,
             notices,
+            tensor_parallel: Vec::new(),
         })
     }
 }

@@ -37,6 +37,8 @@ struct PlanFile {
     predicted_seconds_per_token: f64,
     predicted_seconds_per_image: f64,
     notices: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    tensor_parallel: Vec<Device>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -119,6 +121,7 @@ impl Plan {
             predicted_seconds_per_token: self.seconds_per_token,
             predicted_seconds_per_image: self.seconds_per_image,
             notices: self.notices.clone(),
+            tensor_parallel: self.tensor_parallel.clone(),
         };
         serde_json::to_string_pretty(&file).expect("a plan has text keys and finite numbers")
     }
@@ -147,6 +150,10 @@ impl Plan {
         let file: PlanFile = serde_json::from_value(value).map_err(|error| wrong("plan", &error.to_string()))?;
         if file.policy == Policy::Auto {
             return Err(wrong("policy", "is `auto`; a plan names the policy that made it"));
+        }
+        if let [_, _, ..] = file.tensor_parallel[..] {
+            let problem = "names a group of cards; such a plan is not read back, give `--tensor-parallel` again";
+            return Err(wrong("tensor_parallel", problem));
         }
         for (field, seconds) in [
             ("predicted_seconds_per_token", file.predicted_seconds_per_token),
@@ -191,6 +198,7 @@ impl Plan {
             seconds_per_token: file.predicted_seconds_per_token,
             seconds_per_image: file.predicted_seconds_per_image,
             notices: file.notices,
+            tensor_parallel: Vec::new(),
         };
         if plan.stages.len() != file.stages.len() {
             return Err(wrong("stages", "follow one another on one device; join them"));

@@ -15,8 +15,10 @@ mod own;
 pub mod plan;
 mod report;
 pub mod requests;
+mod tensor;
 
 pub use error::{Change, PlanError};
 pub use json::PLAN_SCHEMA;
 pub use max_memory::{MaxMemoryError, parse_max_memory};
 pub use own::plan;
+pub use tensor::plan_tensor_parallel;

@@ -99,7 +99,7 @@ impl Machine {
     /// loaded.
     pub(crate) fn check(&mut self, plan: &Plan) -> CliResult {
         let Self::Gpus(open) = self else { return Ok(()) };
-        for planned in plan.devices.iter().filter(|planned| plan.uses(planned.device)) {
+        for planned in plan.devices.iter().filter(|planned| plan.occupies(planned.device)) {
             let Device::Gpu(ordinal) = planned.device else { continue };
             let context = opened(open, ordinal).map_err(cuda_error)?;
             let (free, total) = context.memory().map_err(cuda_error)?;
@@ -113,7 +113,7 @@ impl Machine {
                 return Err(cuda_error(CudaError::TooLittleMemory { ordinal, name, free, needed }));
             }
         }
-        open.retain(|ordinal, _| plan.uses(Device::Gpu(*ordinal)));
+        open.retain(|ordinal, _| plan.occupies(Device::Gpu(*ordinal)));
         Ok(())
     }
 }

@@ -42,12 +42,13 @@ impl Shard {
         let &[num_rows, num_columns] = whole.shape() else {
             return Err(unsupported("load", format!("`{}` is no matrix that devices could share", whole.name())));
         };
-        let (mut rows, mut columns) = (Vec::from([0..num_rows]), 0..num_columns);
+        let only = |run: Range<usize>| -> Vec<Range<usize>> { std::iter::once(run).collect() };
+        let (mut rows, mut columns) = (only(0..num_rows), 0..num_columns);
         let is_even = |count: usize| count.is_multiple_of(num_members);
         let comes_out_even = match sharing {
             Sharing::Replicated | Sharing::First => true,
             Sharing::Rows => {
-                rows = Vec::from([run(num_rows, member, num_members)]);
+                rows = only(run(num_rows, member, num_members));
                 is_even(num_rows)
             }
             Sharing::Columns => {

@@ -398,6 +398,10 @@ impl<B: Shardable> Backend for TensorParallel<B> {
         self.align_slots()?;
         let members: Vec<&B> = self.members.iter().collect();
         B::replay_together(&members, key, &mut || {
+            // Nothing ran of a recording that failed.
+            if let Some(mut state) = self.state() {
+                (state.slot, state.pending) = (0, None);
+            }
             operations()?;
             self.settle()?;
             // What is run from a recording leaves the count as it was.

@@ -124,6 +124,7 @@ impl HostTensor for Shard {
     fn read_at(&self, offset: usize, destination: &mut [u8]) -> Result<(), HostReadError> {
         let size = self.dtype().size_bytes();
         let (mut element, mut rest) = (offset / size, destination);
+        let mapped = self.whole.mapped();
         while !rest.is_empty() {
             let span = self.span_at(element);
             let count = span.len().min(rest.len() / size);
@@ -132,10 +133,14 @@ impl HostTensor for Shard {
                 return Err(HostReadError { tensor: self.name().to_owned(), reason });
             }
             let (piece, after) = std::mem::take(&mut rest).split_at_mut(count * size);
-            self.whole.read_at(span.start * size, piece)?;
+            let first = span.start * size;
+            match mapped {
+                Some(bytes) => piece.copy_from_slice(&bytes[first..first + count * size]),
+                None => self.whole.read_at(first, piece)?,
+            }
             (element, rest) = (element + count, after);
         }
-        Ok(())
+        mapped.map_or(Ok(()), |_| self.whole.verify())
     }
 
     fn read_ahead(&self) {

@@ -31,8 +31,24 @@ impl Ceilings {
         let decodes = |unit: &Unit| matches!(unit, Unit::DecoderLayer(_));
         let stage = plan.stages.iter().find(|stage| stage.units.iter().any(decodes));
         match stage.map(|stage| stage.device) {
-            Some(Device::Gpu(ordinal)) if on_gpus => Self::of_gpu(ordinal),
+            Some(Device::Gpu(ordinal)) if on_gpus => {
+                Some(Self::of_gpu(ordinal)?.together(plan.tensor_parallel.len().max(1)))
+            }
             _ => Some(Self::of_host(activations)),
+        }
+    }
+
+    /// Of as many of the device as compute every layer together. Each has a link of its own, of which one is meant.
+    fn together(self, num_members: usize) -> Self {
+        if num_members == 1 {
+            return self;
+        }
+        Self {
+            bytes_per_s: self.bytes_per_s * num_members as f64,
+            bytes_by: format!("{num_members} times: {}", self.bytes_by),
+            flops_per_s: self.flops_per_s * num_members as f64,
+            flops_by: format!("{num_members} times: {}", self.flops_by),
+            ..self
         }
     }
 

@@ -27,7 +27,20 @@ pub fn plan_tensor_parallel(request: &PlanRequest, num_members: usize) -> Result
     if members.len() < num_members {
         return Err(PlanError::TooFewCards { num_members, num_cards: members.len() });
     }
+    plan_members(request, &members)
+}
+
+/// [`plan_tensor_parallel`], of exactly these members.
+pub(crate) fn plan_members(request: &PlanRequest, members: &[Device]) -> Result<Plan, PlanError> {
+    let num_members = members.len();
     check_even(&request.spec, num_members)?;
+    for (index, member) in members.iter().enumerate() {
+        let has_budget = request.budgets.iter().any(|budget| budget.device == *member);
+        if !matches!(member, Device::Gpu(_)) || !has_budget || members[..index].contains(member) {
+            let problem = format!("names `{member}`, which has no budget, is no card or stands twice");
+            return Err(PlanError::Map { field: "`tensor_parallel`".to_owned(), problem });
+        }
+    }
     let sizes = Sizes::new(&request.spec, request.weight_dtype, request.activation_dtype, request.limits.among(1));
     let placement = Placement {
         executes_on: vec![members[0]; sizes.units.len()],
@@ -49,12 +62,12 @@ pub fn plan_tensor_parallel(request: &PlanRequest, num_members: usize) -> Result
         limits: sizes.limits,
         stages: placement.stages(&sizes),
         placements: placement.tensors(&sizes),
-        links: links(&sizes, &members),
-        notices: notices(request, &devices, &members),
+        links: links(&sizes, members),
+        notices: notices(request, &devices, members),
         devices,
         seconds_per_token,
         seconds_per_image,
-        tensor_parallel: members,
+        tensor_parallel: members.to_vec(),
     })
 }
 
@@ -211,6 +224,28 @@ mod tests {
         let alone = crate::plan(&request("cogvlm-chat-17b", &[139], 1)).unwrap();
         assert!(plan.seconds_per_token < 0.6 * alone.seconds_per_token, "{plan:?}");
         assert!(plan.seconds_per_image < alone.seconds_per_image);
+    }
+
+    #[test]
+    fn plans_survive_json() {
+        let request = PlanRequest { limits: StepLimits::new(1024, 3), ..request("tiny", &[1, 1, 1], 1) };
+        let mut swapped = request.clone();
+        swapped.budgets.reverse();
+        for request in [&request, &swapped] {
+            let plan = plan_tensor_parallel(request, 2).unwrap();
+            let text = plan.to_json();
+            assert_eq!(Plan::from_json(&text, &request.spec).unwrap(), plan);
+            let longer = PlanRequest { limits: StepLimits::new(2048, 3), ..request.clone() };
+            let longer = plan.for_request(&longer).unwrap();
+            assert_eq!(longer.tensor_parallel, plan.tensor_parallel);
+            assert_eq!(longer.devices[1].kv_bytes, 2 * plan.devices[1].kv_bytes);
+            let other = text.replacen("\"units\": [", "\"units\": [\n\"model.norm\",", 1);
+            assert!(Plan::from_json(&other, &request.spec).unwrap_err().to_string().contains("`stages`"));
+        }
+        let alone = DeviceBudget { device: Device::Gpu(0), bytes: 1 << 30 };
+        let plan = plan_tensor_parallel(&request, 2).unwrap();
+        let error = plan.for_request(&PlanRequest { budgets: vec![alone], ..request }).unwrap_err();
+        assert!(error.to_string().contains("names `1`, which has no budget"), "{error}");
     }
 
     #[test]

@@ -1,5 +1,5 @@
-// Devices that compute one layer together (members) add up their parts of a product, and each adds the sum to its residual:
-//   residual[r, i] = T(residual[r, i] + T(sum_m sums_m[r, i])), m in the order of the members: the same bits on all of them
+// Devices that compute one layer together (members) add up their parts of a product, each to its copy of the residual:
+//   residual[r, i] = T(residual[r, i] + T(sum_m sums_m[r, i])), m in the order of the members: the same bits everywhere
 //   y[r, i] = weight[i] * residual[r, i] / sqrt(mean_j residual[r, j]^2 + eps), where `weight` is given (rms_norm.cu)
 // sums_m   f32 [.., width] row-major in the memory of member m, which all members read; a slot of two
 // residual, y  T [.., width], T float or bf16; weight [width] of any type, rounded to T; any width
@@ -7,11 +7,12 @@
 //
 // How members meet. Every block has an epoch on each member, a number that its own launches count up, and a flag in the
 // memory of every member for every other member. A block tells the others its new epoch (release: all that came before
-// it on its stream is there, the sums among it) and waits until their flags have reached it (acquire). All members launch
-// the same grids in the same order, so epochs agree; they lie in memory, so a launch can be recorded and run again. Nobody
-// but the blocks of one number wait for each other, and they wait for kernels that come before, never after.
-// Why two slots suffice: slot s is written again by a product after the next meeting of this member. There it has heard of
-// the next epoch of every other member, whose stream was then past its reading of s.
+// it on its stream is there, the sums among it) and waits until their flags have reached it (acquire). All members
+// launch the same grids in the same order, so epochs agree; they lie in memory, so a launch can be recorded and run
+// again. Nobody but the blocks of one number wait for each other, and they wait for kernels that come before, never
+// after.
+// Why two slots suffice: slot s is written again by a product after the next meeting of this member. There it has heard
+// of the next epoch of every other member, whose stream was then past its reading of s.
 // Whoever waits for longer than `patience_ns` says for whom (`failure`, host memory) and waits for nobody again.
 //
 // launch   grid = min(rows, some), the same on all members, block = THREADS     wrapper cogvlm-cuda ops::add_partials
@@ -110,7 +111,7 @@ __device__ void add(const Meeting& a, T* residual, const void* weight, u32 weigh
     }
 }
 
-// Eight elements a thread and chunk, of up to MEMBERS members at once. Needs width = THREADS * 8 * CHUNKS exactly, bf16.
+// Eight elements a thread and chunk, of MEMBERS members at most. Needs width = THREADS * 8 * CHUNKS exactly, bf16.
 template <u32 CHUNKS, u32 MEMBERS>
 __device__ void add_wide(const Meeting& a, bf16* residual, const bf16* weight, bf16* y, float eps) {
     constexpr u32 WIDTH = THREADS * 8 * CHUNKS;

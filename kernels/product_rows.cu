@@ -13,7 +13,7 @@
 // weights while this one ends (`wait_for_previous`).
 //
 // launch   grid = min(tiles, 2 * multiprocessors), block = 256       wrapper  cogvlm-cuda ops::product_rows
-// oracle   oracle::{expert_linear, linear, gate_up, qkv_rope_append}; PARTIAL: the sums of RESIDUAL, compared in the crate
+// oracle   oracle::{expert_linear, linear, gate_up, qkv_rope_append}
 // spills allowed: product_rows_qkv_16 120 8 one value, on a GPU that it is not tuned for
 #include "include/product.cuh"
 

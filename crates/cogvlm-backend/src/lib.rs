@@ -239,8 +239,8 @@ pub trait Backend: Send + Sync + 'static {
     /// Copies a weight into the device's memory.
     fn load(&self, weight: &HostWeight) -> Result<Self::Weight, BackendError>;
 
-    /// As [`load`](Self::load), of a weight that is `tensor` of the model: several devices that compute together decide by
-    /// that who has what of it.
+    /// As [`load`](Self::load), of a weight that is `tensor` of the model: several devices that compute together decide
+    /// by that who has what of it.
     fn load_for(&self, _tensor: &TensorSpec, weight: &HostWeight) -> Result<Self::Weight, BackendError> {
         self.load(weight)
     }

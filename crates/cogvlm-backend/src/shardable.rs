@@ -4,8 +4,8 @@ use cogvlm_core::tokens::ExpertRange;
 
 use crate::{Backend, BackendError, ExpertWeights};
 
-/// A device that computes layers together with others of its kind: each has some of the inputs of a product, and the sums
-/// of all of them are added up.
+/// A device that computes layers together with others of its kind: each has some of the inputs of a product, and the
+/// sums of all of them are added up.
 ///
 /// Everybody calls the same operations with the same numbers of rows in the same order. All members'
 /// [`linear_partial`](Self::linear_partial) is called before any member's [`add_partials`](Self::add_partials) of the
@@ -16,8 +16,8 @@ pub trait Shardable: Backend {
     type Exchange: Send + Sync;
 
     /// Lets `members` exchange sums of up to `shape`, `[rows, columns]`: takes
-    /// [`NUM_EXCHANGES`](cogvlm_core::sharing::NUM_EXCHANGES) buffers of that shape in f32 from the arena of each. Gives
-    /// each member's side, in their order.
+    /// [`NUM_EXCHANGES`](cogvlm_core::sharing::NUM_EXCHANGES) buffers of that shape in f32 from the arena of each.
+    /// Gives each member's side, in their order.
     ///
     /// # Errors
     /// [`BackendError::OutOfMemory`]; [`BackendError::Unsupported`] where they cannot read each other's memory, or are
@@ -26,15 +26,15 @@ pub trait Shardable: Backend {
     where
         Self: Sized;
 
-    /// This member's part of `x Wᵀ` with the weight of each row's expert, not rounded, into slot `slot` of its exchange:
-    /// `x` and the weights have the columns of this member.
+    /// This member's part of `x Wᵀ` with the weight of each row's expert, not rounded, into slot `slot` of its
+    /// exchange: `x` and the weights have the columns of this member.
     fn linear_partial(
         &self, x: &Self::Buffer, weights: ExpertWeights<'_, Self::Weight>, ranges: &[ExpertRange], slot: usize,
         exchange: &mut Self::Exchange,
     ) -> Result<(), BackendError>;
 
-    /// `residual += Σ partial` on the first `rows` rows: the sum over the slots `slot` of all members, in their order, is
-    /// rounded, then the sum with the residual. Then, where `norm` is given, what
+    /// `residual += Σ partial` on the first `rows` rows: the sum over the slots `slot` of all members, in their order,
+    /// is rounded, then the sum with the residual. Then, where `norm` is given, what
     /// [`rms_norm`](Backend::rms_norm) does with these rows.
     fn add_partials(
         &self, exchange: &mut Self::Exchange, slot: usize, rows: usize, residual: &mut Self::Buffer,

@@ -46,8 +46,8 @@ impl TensorSpec {
             WeightGroup::Qkv(_) => Sharing::Heads,
             WeightGroup::GateUp(_) => Sharing::Rows,
             WeightGroup::Dense(_) | WeightGroup::Down(_) => Sharing::Columns,
-            // The head is a fiftieth of what a token reads: every device computes all logits, chooses the same token, and
-            // nothing has to be gathered.
+            // The head is a fiftieth of what a token reads: every device computes all logits, chooses the same token,
+            // and nothing has to be gathered.
             WeightGroup::Whole | WeightGroup::Norms => Sharing::Replicated,
         }
     }

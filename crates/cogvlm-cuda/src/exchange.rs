@@ -21,8 +21,8 @@ pub(crate) const MAX_MEMBERS: usize = 8;
 pub(crate) const MAX_BLOCKS: usize = 256;
 /// The same where members share a GPU: blocks that wait must leave room for those that they wait for.
 const MAX_BLOCKS_OF_SHARED_GPU: usize = 16;
-/// Words of a member beside its sums: flags of every other member for every block, an epoch for every block, and whether
-/// somebody did not come.
+/// Words of a member beside its sums: flags of every other member for every block, an epoch for every block, and
+/// whether somebody did not come.
 const NUM_WORDS: usize = MAX_BLOCKS * MAX_MEMBERS + MAX_BLOCKS + 1;
 /// How long a member waits for another.
 pub(crate) const PATIENCE_S: u64 = 10;
@@ -101,8 +101,8 @@ impl CudaExchange {
         let sides = Arc::new(sides);
         let side = |member| Self { member, sides: Arc::clone(&sides), max_blocks };
         let exchanges: Vec<Self> = (0..members.len()).map(side).collect();
-        // Loaded now: a driver that loads a kernel later may wait for what is running, and what is running may wait for the
-        // kernel. And nobody is signalled before flags are zero.
+        // Loaded now: a driver that loads a kernel later may wait for what is running, and what is running may wait for
+        // the kernel. And nobody is signalled before flags are zero.
         for (member, exchange) in members.iter().zip(&exchanges) {
             add_partials::load(member, exchange)?;
         }
@@ -155,13 +155,15 @@ impl CudaExchange {
     /// Whether everybody came to what this member's stream is past.
     pub(crate) fn check(&self) -> Result<(), BackendError> {
         let Side { failure, gpu, .. } = &self.sides[self.member];
-        // SAFETY: the word is there as long as this; the device may write it meanwhile, which a volatile read allows for.
+        // SAFETY: the word is there as long as this; the device may write it meanwhile, which a volatile read allows
+        // for.
         let waited_for = unsafe { failure.address.cast::<u32>().read_volatile() };
         let Some(peer) = (waited_for as usize).checked_sub(1).and_then(|peer| self.sides.get(peer)) else {
             return Ok(());
         };
         let reason = format!(
-            "waited {PATIENCE_S} s in vain for device {} ({}), with which it computes every layer: load the model again",
+            "waited {PATIENCE_S} s in vain for device {} ({}), with which it computes every layer: load the model \
+             again",
             peer.gpu.device, peer.gpu.info.name
         );
         Err(gpu.error(reason))

@@ -99,8 +99,8 @@ impl Graphs {
             let (gpu, graph) = (&graphs.gpu, ended?);
             let mut executable: CUgraphExec = std::ptr::null_mut();
             gpu.bind()?;
-            // SAFETY: the graph was just captured; the executable keeps nothing of it. Where another one fails it is never
-            // run, and freed with its context.
+            // SAFETY: the graph was just captured; the executable keeps nothing of it. Where another one fails it is
+            // never run, and freed with its context.
             gpu.check(unsafe { cu::cuGraphInstantiateWithFlags(&raw mut executable, graph.0, 0) })?;
             executables.push(executable);
         }

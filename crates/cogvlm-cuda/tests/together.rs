@@ -173,8 +173,8 @@ fn a_member_that_does_not_come_is_named() {
     members[1].check_exchange(&exchanges[1]).unwrap();
 }
 
-/// Two members whose residuals go through a recurrence: what each adds is a product of the norm of what all added before,
-/// so that a sum which is read too early, or too late, changes everything after it.
+/// Two members whose residuals go through a recurrence: what each adds is a product of the norm of what all added
+/// before, so that a sum which is read too early, or too late, changes everything after it.
 struct Recurrence {
     members: [CudaBackend; 2],
     exchanges: Vec<<CudaBackend as Shardable>::Exchange>,
@@ -292,7 +292,8 @@ fn recorded_meetings_give_the_sums_of_slow_ones() {
     }
 }
 
-/// Prints what a meeting takes: `cargo test --release -p cogvlm-cuda --test together -- --ignored --nocapture meeting_takes`
+/// Prints what a meeting takes: `cargo test --release -p cogvlm-cuda --test together -- --ignored --nocapture
+/// meeting_takes`
 #[test]
 #[ignore = "needs a GPU; two say more; prints what a meeting takes"]
 #[expect(clippy::print_stderr, reason = "what it is for")]
@@ -312,8 +313,8 @@ fn what_a_meeting_takes() {
         let [together, products, meetings] =
             [Turn::Recorded, Turn::ProductsAlone, Turn::MeetingsAlone].map(&mut microseconds);
         eprintln!(
-            "{rows:5} rows of 4096: {together:8.2} us for a product of 4096 x 4096 and a meeting with norm, {products:8.2} us \
-             for the product and a norm alone, {meetings:8.2} us for a meeting alone"
+            "{rows:5} rows of 4096: {together:8.2} us for a product of 4096 x 4096 and a meeting with norm, \
+             {products:8.2} us for the product and a norm alone, {meetings:8.2} us for a meeting alone"
         );
     }
 }

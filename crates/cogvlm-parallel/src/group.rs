@@ -19,8 +19,8 @@ use crate::shares::{SharedBuffer, SharedWeight, of_member};
 
 /// Devices of one kind that compute every layer together, or one device alone.
 ///
-/// Operations are called member after member from the caller's thread, and wait for nobody: members meet where they add up
-/// sums. That is put off until it is known what follows, so that a norm is done along with it.
+/// Operations are called member after member from the caller's thread, and wait for nobody: members meet where they add
+/// up sums. That is put off until it is known what follows, so that a norm is done along with it.
 pub struct TensorParallel<B: Shardable> {
     members: Vec<B>,
     devices: Vec<Device>,
@@ -113,7 +113,8 @@ impl<B: Shardable> TensorParallel<B> {
         Ok(())
     }
 
-    /// Lets slot 0 be the next. That it was used last means that a step broke off half-way: then everybody is waited for.
+    /// Lets slot 0 be the next. That it was used last means that a step broke off half-way: then everybody is waited
+    /// for.
     fn align_slots(&self) -> Result<(), BackendError> {
         let Some(mut state) = self.state() else { return Ok(()) };
         if state.slot != 0 {

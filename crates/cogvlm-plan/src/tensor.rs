@@ -14,8 +14,8 @@ use crate::plan::{DeviceBudget, DevicePlan, LinkPlan, Plan, PlanRequest, Policy,
 /// NVLink. An assumption, like [`Rates::default`].
 const EXCHANGE_S: f64 = 6e-6;
 
-/// Places the model of `request` on the first `num_members` cards of its budgets, which compute every layer together; the
-/// vision tower runs on the first of them. Other devices are not used, and the request's policy is not asked.
+/// Places the model of `request` on the first `num_members` cards of its budgets, which compute every layer together;
+/// the vision tower runs on the first of them. Other devices are not used, and the request's policy is not asked.
 ///
 /// # Errors
 /// [`PlanError::TooFewCards`] and [`PlanError::Uneven`] where such a group cannot be; [`PlanError::OverBudget`] where a
@@ -128,7 +128,8 @@ fn features_bytes(sizes: &Sizes) -> u64 {
     BufferKind::VisionFeatures.bytes(&sizes.spec, &limits, sizes.activation_dtype)
 }
 
-/// Predicted seconds of a token and of an image prefill: layers at the rate of all members, the vision tower at that of one.
+/// Predicted seconds of a token and of an image prefill: layers at the rate of all members, the vision tower at that of
+/// one.
 fn times(placement: &Placement, sizes: &Sizes, rates: &Rates, num_members: usize) -> (f64, f64) {
     let together = Rates {
         device_bytes_per_s: rates.device_bytes_per_s * num_members as f64,

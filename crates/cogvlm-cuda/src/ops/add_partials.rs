@@ -81,8 +81,8 @@ pub(crate) fn add_partials(
     let grid = rows.min(exchange.max_blocks) as u32;
     let launch = Launch { overlap: is_stable, ..Launch::blocks(grid, THREADS) };
     let is_wide = cuda.activations == DType::Bf16 && is_plain && width == WIDE;
-    // SAFETY: rows and widths of everything were checked above; slots of all members have one shape, as `join` made them.
-    // Everybody's memory lives as long as the exchange, which waits for the stream before it goes.
+    // SAFETY: rows and widths of everything were checked above; slots of all members have one shape, as `join` made
+    // them. Everybody's memory lives as long as the exchange, which waits for the stream before it goes.
     unsafe { run(cuda, &meeting, residual.address(), &following, launch, is_wide) }
 }
 
@@ -99,8 +99,8 @@ pub(crate) fn load(cuda: &CudaBackend, exchange: &CudaExchange) -> Result<(), Ba
 }
 
 /// # Safety
-/// The residual, the sums of all members and what the norm writes have the rows and the width of `meeting`, in the type of
-/// the activations, and the norm's weight has that width; `is_wide` only where that is `WIDE` and both are bf16.
+/// The residual, the sums of all members and what the norm writes have the rows and the width of `meeting`, in the type
+/// of the activations, and the norm's weight has that width; `is_wide` only where that is `WIDE` and both are bf16.
 unsafe fn run(
     cuda: &CudaBackend, meeting: &Meeting, residual: CUdeviceptr, norm: &Norm, launch: Launch, is_wide: bool,
 ) -> Result<(), BackendError> {
@@ -108,7 +108,8 @@ unsafe fn run(
     if is_wide {
         let kernel = if meeting.num_members <= 2 { "add_partials_bf16_4096_x2" } else { "add_partials_bf16_4096_x8" };
         let mut arguments = [arg(meeting), arg(&residual), arg(weight), arg(out), arg(eps)];
-        // SAFETY: arguments and THREADS are those of `add_partials_bf16_4096_x2` and `_x8`; the caller vouches for the rest.
+        // SAFETY: arguments and THREADS are those of `add_partials_bf16_4096_x2` and `_x8`; the caller vouches for the
+        // rest.
         return unsafe { cuda.gpu.launch("add_partials", kernel, launch, &mut arguments) };
     }
     let kernel = if cuda.activations == DType::F32 { "add_partials_f32" } else { "add_partials_bf16" };

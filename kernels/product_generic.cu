@@ -86,12 +86,14 @@ PRODUCT(f32_residual, float, RESIDUAL)
 PRODUCT(f32_gate_up, float, GATE_UP)
 PRODUCT(f32_qkv, float, QKV)
 PRODUCT(f32_logits, float, LOGITS)
+PRODUCT(f32_partial, float, PARTIAL)
 PRODUCT(bf16_bias, bf16, BIAS)
 PRODUCT(bf16_bias_gelu, bf16, BIAS_GELU)
 PRODUCT(bf16_residual, bf16, RESIDUAL)
 PRODUCT(bf16_gate_up, bf16, GATE_UP)
 PRODUCT(bf16_qkv, bf16, QKV)
 PRODUCT(bf16_logits, bf16, LOGITS)
+PRODUCT(bf16_partial, bf16, PARTIAL)
 
 extern "C" __global__ void product_echo(const __grid_constant__ Product a, u64* fields) {
     auto put = [&](u64 field) { *fields++ = field; };

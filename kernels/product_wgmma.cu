@@ -244,6 +244,18 @@ __device__ __forceinline__ void store_row(const Product& a, bool is_row, u32 row
     }
 }
 
+// Stores one row's part of a tile as it is: the four lanes of a quad have 32 bytes of each piece of 8 columns.
+template <u32 PIECES, class Sums>
+__device__ __forceinline__ void store_sums(const Product& a, bool is_row, u32 row, u32 column, u32 t, Sums sums) {
+    if (!is_row) return;
+    float* out = static_cast<float*>(a.out) + u64(row) * a.out_width;
+#pragma unroll
+    for (u32 j = 0; j < PIECES; ++j) {
+        const u32 n = column + 8 * j + 2 * t;
+        if (n < a.width) *reinterpret_cast<float2*>(out + n) = sums(j);
+    }
+}
+
 // Stores one row of a tile of WIDTH / 128 heads of 128.
 template <u32 WIDTH, class Sums>
 __device__ __forceinline__ void store_heads(const Product& a, bool is_row, u32 row, u32 column, u32 t, Sums sum) {
@@ -327,6 +339,10 @@ __device__ void multiply_tiles(
                     const u32 at = 4 * j + 2 * half, other = at + WIDTH / 4;
                     return pack_bf16(gated<bf16>(d[at], d[other]), gated<bf16>(d[at + 1], d[other + 1]));
                 });
+            } else if (FINISH == PARTIAL) {
+                store_sums<WIDTH / 8>(a, is_row, row, column, t, [&](u32 j) {
+                    return make_float2(d[4 * j + 2 * half], d[4 * j + 2 * half + 1]);
+                });
             } else {
                 store_row<FINISH, WIDTH / 8>(a, is_row, row, column, t, [&](u32 j) {
                     const u32 at = 4 * j + 2 * half;
@@ -398,6 +414,7 @@ PRODUCT(bias_gelu, BIAS_GELU, 176)
 PRODUCT(bias_gelu, BIAS_GELU, 208)
 PRODUCT(bias_gelu, BIAS_GELU, 240)
 PRODUCTS(residual, RESIDUAL)
+PRODUCTS(partial, PARTIAL)
 PRODUCTS(gate_up, GATE_UP)
 PRODUCT(qkv, QKV, 128)
 PRODUCT(qkv, QKV, 256)

@@ -14,6 +14,7 @@ enum Finish : u32 {
     GATE_UP = 3,    // out[row, p] = silu(first) * second
     QKV = 4,        // rotated q to out, rotated k and v to the paged cache
     LOGITS = 5,     // f32 out[row, n] = sum, rounded to the activation type
+    PARTIAL = 6,    // f32 out[row, n] = sum: a part of a sum over several devices
 };
 
 __host__ __device__ constexpr bool is_paired(u32 finish) { return finish == GATE_UP || finish == QKV; }
@@ -167,6 +168,10 @@ __device__ __forceinline__ void store_one(const Product& a, u32 row, u32 n, floa
     const u64 at = u64(row) * a.out_width + n;
     if (FINISH == LOGITS) {
         static_cast<float*>(a.out)[at] = rounded<T>(first);
+        return;
+    }
+    if (FINISH == PARTIAL) {
+        static_cast<float*>(a.out)[at] = first;
         return;
     }
     T* out = static_cast<T*>(a.out) + at;

@@ -12,19 +12,22 @@ pub mod oracle;
 pub mod rope;
 pub mod sampling;
 pub mod shape;
+pub mod shardable;
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cogvlm_core::DType;
 use cogvlm_core::tokens::ExpertRange;
+use cogvlm_core::workspace::BufferKind;
+use cogvlm_core::{DType, Device, TensorSpec};
 
 pub use arena::{Arena, Lease, MemoryUse};
 pub use batch::{Batch, SequenceRows};
 pub use error::{BackendError, HostReadError};
 pub use rope::RopeMode;
 pub use sampling::{SampleRequest, SamplingParams};
+pub use shardable::{FollowingNorm, Shardable};
 
 /// A weight where it rests on the host: in a mapped file, or as a rule that makes it.
 pub trait HostTensor: Send + Sync {
@@ -161,6 +164,15 @@ pub struct HeadGeometry {
     pub head_dim: usize,
 }
 
+/// What a buffer is in the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BufferRole {
+    /// One of the workspace.
+    Workspace(BufferKind),
+    /// The KV cache of a decoder layer.
+    Kv,
+}
+
 /// Weights of one streamed group on their way into a staging slot.
 pub enum StagedSource<W> {
     /// From host memory or the mapped file.
@@ -208,11 +220,30 @@ pub trait Backend: Send + Sync + 'static {
     /// What the device's arena holds, held at most, and may hold.
     fn memory(&self) -> MemoryUse;
 
+    /// [`memory`](Self::memory) of each device, where the backend of `device` is several.
+    fn memory_by_device(&self, device: Device) -> Vec<(Device, MemoryUse)> {
+        vec![(device, self.memory())]
+    }
+
     /// Takes a zeroed buffer from the arena. `what` names it in an error.
     fn alloc(&self, what: &'static str, dtype: DType, shape: [usize; 2]) -> Result<Self::Buffer, BackendError>;
 
+    /// As [`alloc`](Self::alloc), of a buffer that is `role` in the model: several devices that compute together decide
+    /// by that who has what of it.
+    fn alloc_for(
+        &self, _role: BufferRole, what: &'static str, dtype: DType, shape: [usize; 2],
+    ) -> Result<Self::Buffer, BackendError> {
+        self.alloc(what, dtype, shape)
+    }
+
     /// Copies a weight into the device's memory.
     fn load(&self, weight: &HostWeight) -> Result<Self::Weight, BackendError>;
+
+    /// As [`load`](Self::load), of a weight that is `tensor` of the model: several devices that compute together decide
+    /// by that who has what of it.
+    fn load_for(&self, _tensor: &TensorSpec, weight: &HostWeight) -> Result<Self::Weight, BackendError> {
+        self.load(weight)
+    }
 
     /// A weight used where it rests on the host. Every backend can [`embed`](Self::embed) from it; whether other
     /// operations take it is the backend's own affair (the CPU's do; others answer [`BackendError::Unsupported`]). It

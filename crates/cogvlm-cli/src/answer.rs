@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use cogvlm_backend::SamplingParams;
-use cogvlm_device::AnyBackend;
 use cogvlm_input::{StreamDecoder, Tokenizer};
 use cogvlm_model::Captured;
 use cogvlm_pipeline::{
@@ -12,6 +11,7 @@ use cogvlm_pipeline::{
 
 use crate::args::SamplingArgs;
 use crate::error::{CliError, CliResult};
+use crate::session::RankBackend;
 
 /// A finished answer.
 #[derive(Default)]
@@ -67,7 +67,7 @@ pub(crate) fn sampling_params(args: &SamplingArgs) -> CliResult<SamplingParams> 
 /// Runs `requests` to their ends, as many at once as the plan has room for; the answers come back in their order.
 /// `print` gets the text of each piece by piece (or ids, without a tokenizer), with the request's index.
 pub(crate) fn run_all(
-    engine: &mut Engine<AnyBackend>, requests: Vec<Request>, tokenizer: Option<&Tokenizer>, stop: &[String],
+    engine: &mut Engine<RankBackend>, requests: Vec<Request>, tokenizer: Option<&Tokenizer>, stop: &[String],
     print: &mut dyn FnMut(usize, &str) -> CliResult,
 ) -> CliResult<Vec<Answer>> {
     let start = Instant::now();
@@ -123,7 +123,7 @@ fn refused(error: RequestError) -> CliError {
 
 /// [`run_all`] of one request.
 pub(crate) fn run(
-    engine: &mut Engine<AnyBackend>, request: Request, tokenizer: Option<&Tokenizer>, stop: &[String],
+    engine: &mut Engine<RankBackend>, request: Request, tokenizer: Option<&Tokenizer>, stop: &[String],
     print: &mut dyn FnMut(&str) -> CliResult,
 ) -> CliResult<Answer> {
     let answers = run_all(engine, vec![request], tokenizer, stop, &mut |_, text| print(text))?;

@@ -51,6 +51,10 @@ pub(crate) struct PlacementArgs {
     /// How to place.
     #[arg(long, value_enum, default_value_t = PolicyArg::Auto)]
     pub(crate) policy: PolicyArg,
+    /// Let the first N numbered devices compute every layer together, each with its part of the weights and of the KV
+    /// cache; the vision tower runs on the first of them [default: 1].
+    #[arg(long, value_name = "N", conflicts_with = "policy", value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub(crate) tensor_parallel: Option<u8>,
     /// Tokens per sequence, image and answer included, that memory is planned for [default: the model's limit].
     #[arg(long, value_name = "N")]
     pub(crate) context: Option<usize>,
@@ -163,7 +167,7 @@ pub(crate) struct ModelArgs {
     #[command(flatten)]
     pub(crate) placement: PlacementArgs,
     /// A plan written by `plan --json`, or a Hugging Face device map.
-    #[arg(long, value_name = "FILE", conflicts_with = "policy")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["policy", "tensor_parallel"])]
     pub(crate) device_map: Option<PathBuf>,
     /// What executes: with `cuda`, numbered devices are GPUs; with `cpu`, virtual ranks on the host.
     #[arg(long, value_enum, default_value_t = BackendArg::Auto)]

@@ -117,7 +117,7 @@ impl Machine {
     /// before anything is loaded.
     pub(crate) fn check(&mut self, plan: &Plan, process: usize) -> CliResult {
         let Self::Gpus(open) = self else { return Ok(()) };
-        let is_used = |planned: &&DevicePlan| plan.uses(planned.device) && planned.device.process() == process;
+        let is_used = |planned: &&DevicePlan| plan.occupies(planned.device) && planned.device.process() == process;
         let mut used = Vec::new();
         for planned in plan.devices.iter().filter(is_used) {
             let Some(ordinal) = planned.device.ordinal() else { continue };

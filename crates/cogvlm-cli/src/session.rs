@@ -13,13 +13,14 @@ use cogvlm_core::{DType, Device, ModelConfig, ModelSpec};
 use cogvlm_cpu::CpuBackend;
 use cogvlm_cuda::CudaBackend;
 use cogvlm_device::AnyBackend;
+use cogvlm_parallel::TensorParallel;
 use cogvlm_pipeline::{Engine, LoadError, Processes, load_plan};
 use cogvlm_plan::accelerate::ModuleTree;
 use cogvlm_plan::links::Links;
 use cogvlm_plan::plan::{
     CUDA_RESERVE_BYTES, DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, VIRTUAL_RANK_RESERVE_BYTES,
 };
-use cogvlm_plan::{PlanError, plan};
+use cogvlm_plan::{PlanError, plan, plan_tensor_parallel};
 use serde::Deserialize;
 
 use crate::args::{BackendArg, ModelArgs, PlacementArgs, RopeArg};
@@ -31,9 +32,12 @@ use crate::output::note;
 use crate::progress::byte_bar;
 use crate::prompt::read_text;
 
+/// A rank: a device, or several that compute every layer together.
+pub(crate) type RankBackend = TensorParallel<AnyBackend>;
+
 /// A model that is loaded and answers.
 pub(crate) struct Session {
-    pub(crate) engine: Engine<AnyBackend>,
+    pub(crate) engine: Engine<RankBackend>,
     pub(crate) plan: Plan,
     /// Rates that it was made with.
     pub(crate) links: Links,
@@ -98,12 +102,17 @@ impl Session {
         let threads = thread_pool(args.threads).map_err(failed)?;
         let num_threads = threads.current_num_threads();
         let activations = DType::from(args.dtype);
-        let make_backend = |planned: &DevicePlan| {
+        let open_device = |planned: &DevicePlan| {
             let (device, capacity) = (planned.device, planned.used_bytes() - planned.reserved_bytes);
-            match device.ordinal().filter(|_| on_gpus) {
+            let backend = match device.ordinal().filter(|_| on_gpus) {
                 Some(ordinal) => CudaBackend::new(device, ordinal, capacity, activations).map(AnyBackend::Cuda),
                 None => CpuBackend::new(device, capacity, activations, Arc::clone(&threads)).map(AnyBackend::Cpu),
-            }
+            };
+            backend.map(|backend| (device, backend))
+        };
+        let make_backend = |leader: &DevicePlan| {
+            let members = plan.members_with(leader.device).into_iter().map(open_device);
+            RankBackend::new(members.collect::<Result<_, _>>()?, source.spec(), &plan.limits)
         };
         let rope_mode = match args.rope {
             RopeArg::Float32 => RopeMode::Float32,
@@ -225,7 +234,21 @@ pub(crate) fn placed_request(
     let budgets = machine.budgets(placement)?;
     let links = machine.links(links, &budgets);
     let request = request_for(model, placement, activation_dtype, machine.on_gpus(), budgets, links)?;
-    Ok(if is_automatic(placement) { on_one_gpu(request) } else { request })
+    let is_alone = num_together(placement) == 1;
+    Ok(if is_alone && is_automatic(placement) { on_one_gpu(request) } else { request })
+}
+
+/// Devices that are to compute every layer together.
+pub(crate) fn num_together(placement: &PlacementArgs) -> usize {
+    placement.tensor_parallel.map_or(1, usize::from)
+}
+
+/// The plan of `request` that the flags ask for, by one of our own policies or of devices that compute together.
+pub(crate) fn plan_of(request: &PlanRequest, placement: &PlacementArgs) -> Result<Plan, PlanError> {
+    match num_together(placement) {
+        1 => plan(request),
+        num_members => plan_tensor_parallel(request, num_members),
+    }
 }
 
 /// What the flags ask the planner for: on GPUs, which have a context each, or on virtual ranks.
@@ -258,7 +281,7 @@ pub(crate) fn request_for(
 fn make_plan(args: &ModelArgs, request: &PlanRequest, machine: &mut Machine) -> CliResult<Plan> {
     let Some(path) = &args.device_map else {
         if request.policy != Policy::Accelerate {
-            return plan(request).map_err(plan_error);
+            return plan_of(request, &args.placement).map_err(plan_error);
         }
         let tree = ModuleTree::new(&Module::of_model(&request.spec, request.weight_dtype), &[])?;
         let map = accelerate_map(&tree, &args.placement)?;

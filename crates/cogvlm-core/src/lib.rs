@@ -10,6 +10,7 @@ pub mod inventory;
 pub mod memory;
 pub mod module_tree;
 pub mod prompt;
+pub mod sharing;
 pub mod spec;
 pub mod tokens;
 pub mod workspace;

@@ -32,7 +32,7 @@ pub(crate) const SCRATCH_BYTES: usize = 32 << 20;
 /// One GPU.
 pub struct CudaBackend {
     // Fields are dropped in order: what waits for the stream before the memory that the stream uses.
-    graphs: Graphs,
+    pub(crate) graphs: Graphs,
     pub(crate) uploader: Uploader,
     pub(crate) tokens: TokenSlots,
     pub(crate) loader: Arc<Loader>,

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use cogvlm_backend::BackendError;
@@ -25,7 +26,7 @@ pub(crate) struct Gpu {
     /// Whether this device reads the memory of others, by the addresses of their contexts.
     reached: Mutex<HashMap<usize, bool>>,
     /// Whether the kernels of this build wait by themselves on this GPU for those before them.
-    can_overlap: bool,
+    can_overlap: AtomicBool,
     functions: Mutex<Functions>,
     context: CUcontext,
     /// What keeps the context open.
@@ -88,7 +89,7 @@ impl Gpu {
             copy_stream: std::ptr::null_mut(),
             link_stream: std::ptr::null_mut(),
             reached: Mutex::default(),
-            can_overlap: kernels::can_overlap(kernels::ARCHITECTURES, info.compute_capability),
+            can_overlap: AtomicBool::new(kernels::can_overlap(kernels::ARCHITECTURES, info.compute_capability)),
             functions: Mutex::default(),
             context: open.handle,
             _open: open,
@@ -100,6 +101,11 @@ impl Gpu {
             failed(unsafe { cu::cuStreamCreate(stream, flags) })?;
         }
         Ok(gpu)
+    }
+
+    /// Lets every kernel end before the next one starts: where others on the same GPU have to run meanwhile.
+    pub(crate) fn forbid_overlap(&self) {
+        self.can_overlap.store(false, Ordering::Relaxed);
     }
 
     /// Makes the context current on this thread.
@@ -155,7 +161,7 @@ impl Gpu {
             sharedMemBytes: launch.shared,
             hStream: self.stream,
             attrs: &raw mut overlap,
-            numAttrs: u32::from(launch.overlap && self.can_overlap),
+            numAttrs: u32::from(launch.overlap && self.can_overlap.load(Ordering::Relaxed)),
         };
         // SAFETY: the caller vouches for the arguments; the configuration and its attribute live past the call.
         let result =

@@ -26,6 +26,7 @@ pub(crate) enum Finish {
     GateUp,
     Qkv,
     Logits,
+    Partial,
 }
 
 impl Finish {

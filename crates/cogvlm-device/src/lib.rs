@@ -8,7 +8,9 @@
 mod argument;
 mod backend;
 mod parcel;
+mod shardable;
 
 pub use argument::{Buffer, Either, Moment, Outbox, Ring, Sampled, Tables, Weight};
 pub use backend::AnyBackend;
 pub use parcel::Parcel;
+pub use shardable::Exchange;

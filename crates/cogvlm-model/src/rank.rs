@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use cogvlm_backend::{Backend, BackendError, RopeMode, rope};
+use cogvlm_backend::{Backend, BackendError, BufferRole, RopeMode, rope};
 use cogvlm_core::workspace::{BLOCK_LEN, BufferKind, StepLimits, outbox_bytes, workspace_buffers};
 use cogvlm_core::{Expert, ModelSpec, Unit, WeightGroup};
 
@@ -79,7 +79,8 @@ impl<B: Backend> Rank<B> {
         let kinds = workspace_buffers(&units);
         let outbox = backend.outbox(outbox_bytes(&kinds, &spec, &limits, activations) as usize)?;
         for kind in kinds {
-            buffers.insert(kind, backend.alloc("workspace", kind.dtype(activations), kind.shape(&spec, &limits))?);
+            let (role, dtype) = (BufferRole::Workspace(kind), kind.dtype(activations));
+            buffers.insert(kind, backend.alloc_for(role, "workspace", dtype, kind.shape(&spec, &limits))?);
         }
         if let Some(table) = buffers.get_mut(&BufferKind::RopeTable) {
             backend.write(&rope::table(&inv_freq, limits.context_len, rope_mode, activations), table, 0)?;
@@ -88,7 +89,7 @@ impl<B: Backend> Rank<B> {
         for unit in &units {
             if let Unit::DecoderLayer(layer) = unit {
                 let shape = [limits.num_kv_blocks(), BLOCK_LEN * spec.kv_elements_per_token()];
-                kv.insert(*layer, backend.alloc("KV cache", activations, shape)?);
+                kv.insert(*layer, backend.alloc_for(BufferRole::Kv, "KV cache", activations, shape)?);
             }
         }
         let tables = backend.tables(&limits)?;

@@ -274,9 +274,11 @@ fn place_tensor<B: Backend>(
     // Host rows are looked up where they rest, and host units use their weights where they rest.
     let in_place = *executes_on == Device::Cpu || tensor.unit == Unit::Embedding;
     let place = match residency {
-        Residency::Peer(_) => SourcePlace::Elsewhere(SourceTensor::Peer(backend.load(&weight).map_err(failed)?)),
+        Residency::Peer(_) => {
+            SourcePlace::Elsewhere(SourceTensor::Peer(backend.load_for(tensor, &weight).map_err(failed)?))
+        }
         Residency::Device if *executes_on != Device::Cpu => {
-            SourcePlace::Resident(backend.load(&weight).map_err(failed)?)
+            SourcePlace::Resident(backend.load_for(tensor, &weight).map_err(failed)?)
         }
         _ if in_place => SourcePlace::Resident(backend.attach(&weight).map_err(failed)?),
         Residency::File => SourcePlace::Elsewhere(SourceTensor::File(weight)),

@@ -324,8 +324,9 @@ impl<B: Backend> Ranks<B> {
 
     /// What each device of this process holds, in rank order.
     pub fn memory(&self) -> Vec<(Device, MemoryUse)> {
-        let held = |(device, backend): (&Device, &Option<Arc<B>>)| Some((*device, backend.as_ref()?.memory()));
-        self.devices.iter().zip(&self.backends).filter_map(held).collect()
+        let here = self.devices.iter().zip(&self.backends);
+        let here = here.filter_map(|(device, backend)| Some((device, backend.as_ref()?)));
+        here.flat_map(|(device, backend)| backend.memory_by_device(*device)).collect()
     }
 
     /// Works for process 0 until it ends the run: the part of every other process.

@@ -309,6 +309,7 @@ impl Placement {
             tokens_per_second,
             rates: links.describe(&used),
             notices,
+            tensor_parallel: Vec::new(),
         })
     }
 }

@@ -67,6 +67,9 @@ impl Plan {
     /// request for limits and budgets.
     pub fn for_request(&self, request: &PlanRequest) -> Result<Self, PlanError> {
         request.check()?;
+        if !self.tensor_parallel.is_empty() {
+            return crate::tensor::plan_members(request, &self.tensor_parallel);
+        }
         let sizes = request.sizes();
         let mut request = request.clone();
         for placement in &self.placements {

@@ -4,6 +4,7 @@ use std::fmt;
 
 use cogvlm_core::Device;
 use cogvlm_core::memory::{GIB, MIB, format_bytes};
+use cogvlm_core::sharing::UnevenError;
 
 /// A request that cannot be planned.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -52,6 +53,17 @@ pub enum PlanError {
         /// Changes each of which would do, the smallest first.
         changes: Vec<Change>,
     },
+    /// Fewer cards than are to compute together.
+    #[error("`--tensor-parallel {num_members}` needs {num_members} numbered devices, `--max-memory` names {num_cards}")]
+    TooFewCards {
+        /// Members of the group.
+        num_members: usize,
+        /// Cards that there are budgets for.
+        num_cards: usize,
+    },
+    /// The model does not come out even among the cards that are to compute together.
+    #[error("`--tensor-parallel`: {0}")]
+    Uneven(#[from] UnevenError),
     /// A placement made elsewhere exceeds a budget.
     #[error("`{device}` would hold {}, its budget is {}", format_bytes(*.used_bytes), format_bytes(*.budget_bytes))]
     OverBudget {

@@ -9,10 +9,13 @@ use serde_json::{Map, Value};
 
 use crate::account::Placement;
 use crate::error::PlanError;
+use crate::links::Links;
 use crate::own::sizes::Sizes;
 use crate::plan::{
-    DeviceBudget, DevicePlan, LinkPlan, Plan, Policy, Residency, check_budgets, check_limits, limits_on,
+    DeviceBudget, DevicePlan, LinkPlan, Plan, PlanRequest, Policy, Residency, StagePlan, check_budgets, check_limits,
+    limits_on,
 };
+use crate::tensor::plan_members;
 
 /// The schema that is written, and the only one that is read.
 pub const PLAN_SCHEMA: &str = "cogvlm-shard.plan/1";
@@ -42,6 +45,8 @@ struct PlanFile {
     #[serde(default)]
     predicted_with: String,
     notices: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    tensor_parallel: Vec<Device>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -126,6 +131,7 @@ impl Plan {
             predicted_tokens_per_second: self.tokens_per_second,
             predicted_with: self.rates.clone(),
             notices: self.notices.clone(),
+            tensor_parallel: self.tensor_parallel.clone(),
         };
         serde_json::to_string_pretty(&file).expect("a plan has text keys and finite numbers")
     }
@@ -178,6 +184,9 @@ impl Plan {
             .map(|(device, file)| DeviceBudget { device: *device, bytes: file.budget_bytes.unwrap_or(0) })
             .collect();
         check_budgets(&budgets)?;
+        if !file.tensor_parallel.is_empty() {
+            return read_group(file, spec, limits, budgets, &devices);
+        }
         let limits = limits_on(limits, &budgets);
         let sizes = Sizes::new(spec, file.weight_dtype, file.activation_dtype, limits);
         let known = |device: Device| devices.contains_key(&device);
@@ -201,6 +210,7 @@ impl Plan {
             tokens_per_second: file.predicted_tokens_per_second,
             rates: file.predicted_with,
             notices: file.notices,
+            tensor_parallel: Vec::new(),
         };
         if plan.stages.len() != file.stages.len() {
             return Err(wrong("stages", "follow one another on one device; join them"));
@@ -354,6 +364,44 @@ fn read_residency(
         return Err(wrong(&format!("tensors_off_device.{unknown}"), "is no tensor of this model"));
     }
     Ok(residency)
+}
+
+/// A plan of cards that compute every layer together: made again from the little that it depends on, and compared.
+fn read_group(
+    file: PlanFile, spec: &ModelSpec, limits: StepLimits, budgets: Vec<DeviceBudget>,
+    devices: &BTreeMap<Device, DeviceFile>,
+) -> Result<Plan, PlanError> {
+    let request = PlanRequest {
+        model: file.model,
+        spec: spec.clone(),
+        weight_dtype: file.weight_dtype,
+        activation_dtype: file.activation_dtype,
+        budgets,
+        policy: file.policy,
+        limits,
+        reserve_bytes: devices.values().map(|device| device.reserved_bytes).max().unwrap_or(0),
+        links: Links::default(),
+    };
+    let plan = plan_members(&request, &file.tensor_parallel)?;
+    let stages: Vec<(Device, Vec<String>)> = file.stages.into_iter().map(|stage| (stage.device, stage.units)).collect();
+    let units = |stage: &StagePlan| stage.units.iter().map(|&unit| unit_path(unit)).collect();
+    if plan.stages.iter().map(|stage| (stage.device, units(stage))).collect::<Vec<_>>() != stages {
+        return Err(wrong("stages", "are not all units on the first device of `tensor_parallel`"));
+    }
+    if !file.tensors_off_device.is_empty() {
+        return Err(wrong("tensors_off_device", "is not empty, but devices of `tensor_parallel` hold everything"));
+    }
+    for plan in &plan.devices {
+        compare_device(plan, &devices[&plan.device])?;
+    }
+    compare_links(&plan.links, &file.links)?;
+    let map: Map<String, Value> =
+        plan.device_map().into_iter().map(|(key, device)| (key, device_value(device))).collect();
+    if map != file.device_map || plan.placed() != file.placed {
+        return Err(wrong("device_map", "or `placed` does not follow from `stages`"));
+    }
+    let (seconds_per_token, seconds_per_image) = (file.predicted_seconds_per_token, file.predicted_seconds_per_image);
+    Ok(Plan { policy: file.policy, seconds_per_token, seconds_per_image, notices: file.notices, ..plan })
 }
 
 fn compare_device(plan: &DevicePlan, file: &DeviceFile) -> Result<(), PlanError> {

@@ -18,9 +18,11 @@ pub mod plan;
 mod predict;
 mod report;
 pub mod requests;
+mod tensor;
 
 pub use error::{Change, PlanError};
 pub use json::PLAN_SCHEMA;
 pub use max_memory::{MaxMemoryError, parse_max_memory};
 pub use own::plan;
 pub use predict::Prediction;
+pub use tensor::plan_tensor_parallel;

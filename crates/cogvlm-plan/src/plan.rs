@@ -273,6 +273,9 @@ pub struct Plan {
     pub rates: String,
     /// What a person should know: what is streamed, what limits the plan, what would lift the limit.
     pub notices: Vec<String>,
+    /// Cards that compute every layer together, in their order; the first stands for all of them in stages and
+    /// placements. Empty where every rank is a device alone.
+    pub tensor_parallel: Vec<Device>,
 }
 
 impl Plan {

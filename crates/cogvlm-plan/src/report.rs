@@ -25,7 +25,10 @@ impl Plan {
         self.write_links(&mut text);
         self.write_off_device(&mut text);
         self.write_times(&mut text);
-        self.write_limit(&mut text, request.filter(|_| self.policy != Policy::Accelerate));
+        self.write_limit(
+            &mut text,
+            request.filter(|_| self.policy != Policy::Accelerate && self.tensor_parallel.is_empty()),
+        );
         for notice in &self.notices {
             wrapped(&mut text, "note: ", notice);
         }
@@ -68,7 +71,8 @@ impl Plan {
 
     /// `ViT 0-31, adapter, layers 0-15`.
     fn units_on(&self, device: Device) -> String {
-        let units = self.stages.iter().filter(|stage| stage.device == device).flat_map(|stage| &stage.units);
+        let units = self.stages.iter().flat_map(|stage| stage.units.iter().map(|unit| (stage.device, unit)));
+        let units = units.filter(|(on, unit)| self.takes_part(device, *on, **unit)).map(|(_, unit)| unit);
         let parts = ranges(units.map(|unit| match unit {
             Unit::VitLayer(layer) => ("ViT".to_owned(), Some(*layer)),
             Unit::DecoderLayer(layer) => ("layers".to_owned(), Some(*layer)),

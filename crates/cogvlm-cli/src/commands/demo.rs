@@ -30,6 +30,7 @@ pub(crate) fn run() -> CliResult {
         placement: PlacementArgs {
             max_memory: Some(MAX_MEMORY.to_owned()),
             policy: PolicyArg::Auto,
+            tensor_parallel: None,
             context: Some(1536),
             batch: None,
             links: None,

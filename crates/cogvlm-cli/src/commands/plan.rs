@@ -18,7 +18,7 @@ use crate::args::{PlacementArgs, PlanArgs, PolicyArg};
 use crate::error::{CliError, CliResult};
 use crate::machine::Machine;
 use crate::output::print_line;
-use crate::session::{placed_request, plan_error, planned_model, request_for};
+use crate::session::{placed_request, plan_error, plan_of, planned_model, request_for};
 use crate::stdin::StdinLines;
 
 pub(crate) fn run(args: &PlanArgs) -> CliResult {
@@ -55,12 +55,13 @@ pub(crate) fn run(args: &PlanArgs) -> CliResult {
     let mut machine = Machine::planned(args.backend, &args.placement);
     let request = placed_request(planned_model(&args.model)?, &args.placement, activations, &mut machine)?;
     drop(machine);
-    let plan = plan(&request).map_err(plan_error)?;
+    let plan = plan_of(&request, &args.placement).map_err(plan_error)?;
     if args.json {
         return print_line(&plan.to_json());
     }
     print_line(plan.report(Some(&request)).trim_end())?;
-    print_line(&comparison(&request, &plan))
+    // Policies are for devices of which each computes units of its own.
+    if plan.tensor_parallel.is_empty() { print_line(&comparison(&request, &plan)) } else { Ok(()) }
 }
 
 /// The policies beside each other: what an operator gives for what.

@@ -9,6 +9,7 @@ mod layer_norm;
 pub(crate) mod layer_norm_gelu;
 pub(crate) mod layer_norm_residual;
 pub(crate) mod linear;
+pub(crate) mod linear_partial;
 pub(crate) mod linear_residual;
 pub(crate) mod logits;
 pub(crate) mod patch_embed;

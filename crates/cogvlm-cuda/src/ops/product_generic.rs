@@ -21,12 +21,14 @@ pub(crate) fn run(cuda: &CudaBackend, product: &Product) -> Result<(), BackendEr
         (Finish::GateUp, true) => "product_generic_f32_gate_up",
         (Finish::Qkv, true) => "product_generic_f32_qkv",
         (Finish::Logits, true) => "product_generic_f32_logits",
+        (Finish::Partial, true) => "product_generic_f32_partial",
         (Finish::Bias, false) => "product_generic_bf16_bias",
         (Finish::BiasGelu, false) => "product_generic_bf16_bias_gelu",
         (Finish::Residual, false) => "product_generic_bf16_residual",
         (Finish::GateUp, false) => "product_generic_bf16_gate_up",
         (Finish::Qkv, false) => "product_generic_bf16_qkv",
         (Finish::Logits, false) => "product_generic_bf16_logits",
+        (Finish::Partial, false) => "product_generic_bf16_partial",
     };
     let grid = [arguments.width.div_ceil(TILE), arguments.num_tiles_m, 1];
     let launch = Launch { grid, block: THREADS, shared: 0, overlap: product.is_stable };

@@ -21,6 +21,7 @@ pub(crate) fn run(cuda: &CudaBackend, product: &Product) -> Result<(), BackendEr
         Finish::GateUp => "product_mma_gate_up",
         Finish::Qkv => "product_mma_qkv",
         Finish::Logits => "product_mma_logits",
+        Finish::Partial => "product_mma_partial",
     };
     let weight_rows = if product.finish.is_paired() { 2 * arguments.width } else { arguments.width };
     let grid = [arguments.num_tiles_m, weight_rows.div_ceil(TILE), 1];

@@ -27,6 +27,7 @@ pub(crate) fn run(cuda: &CudaBackend, product: &Product) -> Result<(), BackendEr
         Finish::GateUp => kernel!("gate_up"),
         Finish::Qkv => kernel!("qkv"),
         Finish::Logits => kernel!("logits"),
+        Finish::Partial => kernel!("partial"),
     };
     let grid = tiles.min(BLOCKS_PER_MULTIPROCESSOR * cuda.gpu.info.num_multiprocessors);
     let launch = Launch { overlap: product.is_stable, ..Launch::blocks(grid, THREADS) };

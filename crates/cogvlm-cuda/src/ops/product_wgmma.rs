@@ -67,6 +67,7 @@ pub(crate) fn run(cuda: &CudaBackend, product: &Product) -> Result<(), BackendEr
         Finish::Bias | Finish::Logits => kernel!("bias"),
         Finish::BiasGelu => kernel!("bias_gelu"),
         Finish::Residual => kernel!("residual"),
+        Finish::Partial => kernel!("partial"),
         Finish::GateUp => kernel!("gate_up"),
         Finish::Qkv => kernel!("qkv"),
     };

@@ -66,7 +66,7 @@ impl Measured {
                         links = links.with_card(ordinal, "", card_rates(&measured));
                     }
                     if planned.device == decoding {
-                        ceilings = Some(measured.into());
+                        ceilings = Some(Ceilings::from(measured).together(plan.tensor_parallel.len().max(1)));
                     }
                 }
                 Err(error) => {
@@ -102,6 +102,20 @@ fn host_rates() -> HostRates {
 }
 
 impl Ceilings {
+    /// Of as many of the device as compute every layer together. Each has a link of its own, of which one is meant.
+    fn together(self, num_members: usize) -> Self {
+        if num_members == 1 {
+            return self;
+        }
+        Self {
+            bytes_per_s: self.bytes_per_s * num_members as f64,
+            bytes_by: format!("{num_members} times: {}", self.bytes_by),
+            flops_per_s: self.flops_per_s * num_members as f64,
+            flops_by: format!("{num_members} times: {}", self.flops_by),
+            ..self
+        }
+    }
+
     fn of_host(rates: &HostRates, activations: DType) -> Self {
         Self {
             bytes_per_s: rates.read_bytes_per_s,

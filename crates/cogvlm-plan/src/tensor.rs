@@ -1,0 +1,299 @@
+//! Plans of tensor parallelism: several cards that compute every layer together, and hold everything themselves.
+
+use cogvlm_core::memory::format_bytes;
+use cogvlm_core::sharing::{check_even, member_kv_bytes_per_layer, member_workspace_bytes};
+use cogvlm_core::workspace::{BufferKind, StepLimits};
+use cogvlm_core::{DType, Device, Unit};
+
+use crate::account::Placement;
+use crate::cost::card_flops_per_s;
+use crate::error::PlanError;
+use crate::links::{CardRates, Links};
+use crate::own::sizes::{IMAGE_PROMPT_TEXT_TOKENS, Sizes};
+use crate::plan::{DeviceBudget, DevicePlan, LinkPlan, Plan, PlanRequest, Policy, Residency};
+
+/// Predicted time for cards to add up the sums of a decode step, beside what they read for it: two flags and a row over
+/// NVLink. What two H200 took for a token beyond their reads and launches, 2.68 ms at a context of 1,300, over 64.
+const EXCHANGE_S: f64 = 9e-6;
+
+/// Places the model of `request` on the first `num_members` cards of its budgets, which compute every layer together;
+/// the vision tower runs on the first of them. Other devices are not used, and the request's policy is not asked.
+///
+/// # Errors
+/// [`PlanError::TooFewCards`] and [`PlanError::Uneven`] where such a group cannot be; [`PlanError::OverBudget`] where a
+/// member does not hold its part; the errors of a request for limits and budgets.
+pub fn plan_tensor_parallel(request: &PlanRequest, num_members: usize) -> Result<Plan, PlanError> {
+    request.check()?;
+    let cards = request.budgets.iter().map(|budget| budget.device).filter(|device| matches!(device, Device::Gpu(_)));
+    let members: Vec<Device> = cards.take(num_members).collect();
+    if members.len() < num_members {
+        return Err(PlanError::TooFewCards { num_members, num_cards: members.len() });
+    }
+    plan_members(request, &members)
+}
+
+/// [`plan_tensor_parallel`], of exactly these members.
+pub(crate) fn plan_members(request: &PlanRequest, members: &[Device]) -> Result<Plan, PlanError> {
+    let num_members = members.len();
+    check_even(&request.spec, num_members)?;
+    for (index, member) in members.iter().enumerate() {
+        let has_budget = request.budgets.iter().any(|budget| budget.device == *member);
+        if !matches!(member, Device::Gpu(_)) || !has_budget || members[..index].contains(member) {
+            let problem = format!("names `{member}`, which has no budget, is no card or stands twice");
+            return Err(PlanError::Map { field: "`tensor_parallel`".to_owned(), problem });
+        }
+        if member.process() != members[0].process() {
+            let problem = format!("needs devices of one process, but `{}` and `{member}` are of two", members[0]);
+            return Err(PlanError::Map { field: "`--tensor-parallel`".to_owned(), problem });
+        }
+    }
+    let sizes = Sizes::new(&request.spec, request.weight_dtype, request.activation_dtype, request.limits.among(1));
+    let placement = Placement {
+        executes_on: vec![members[0]; sizes.units.len()],
+        residency: vec![Residency::Device; sizes.inventory.len()],
+    };
+    let device = |budget: &DeviceBudget| match members.iter().position(|member| *member == budget.device) {
+        Some(member) => member_plan(&sizes, budget, member, num_members, request.reserve_bytes),
+        None => unused(budget),
+    };
+    let mut devices: Vec<DevicePlan> = request.budgets.iter().map(device).collect();
+    devices.sort_by_key(|plan| plan.device);
+    Placement::check(&devices)?;
+    let Times { seconds_per_token, seconds_per_image, tokens_per_second } =
+        times(&placement, &sizes, &request.links, members);
+    let mut notices = notices(request, &devices, members);
+    notices.extend(request.links.missing(members));
+    Ok(Plan {
+        policy: Policy::Latency,
+        model: request.model.clone(),
+        weight_dtype: sizes.weight_dtype,
+        activation_dtype: sizes.activation_dtype,
+        limits: sizes.limits,
+        stages: placement.stages(&sizes),
+        placements: placement.tensors(&sizes),
+        links: links(&sizes, members),
+        notices,
+        devices,
+        seconds_per_token,
+        seconds_per_image,
+        tokens_per_second,
+        rates: request.links.describe(members),
+        tensor_parallel: members.to_vec(),
+    })
+}
+
+/// What a member of the group holds.
+fn member_plan(
+    sizes: &Sizes, budget: &DeviceBudget, member: usize, num_members: usize, reserved_bytes: u64,
+) -> DevicePlan {
+    let (spec, limits, activations) = (&sizes.spec, &sizes.limits, sizes.activation_dtype);
+    let tensors = sizes.inventory.iter().enumerate();
+    let weights = tensors.map(|(index, tensor)| tensor.sharing().bytes(sizes.tensor_bytes(index), member, num_members));
+    let kv_per_layer = member_kv_bytes_per_layer(spec, limits, activations, num_members);
+    DevicePlan {
+        device: budget.device,
+        budget_bytes: Some(budget.bytes),
+        weight_bytes: weights.sum(),
+        kv_bytes: spec.num_layers as u64 * kv_per_layer,
+        workspace_bytes: member_workspace_bytes(spec, &sizes.units, limits, activations, member, num_members),
+        staging_bytes: 0,
+        reserved_bytes,
+    }
+}
+
+fn unused(budget: &DeviceBudget) -> DevicePlan {
+    DevicePlan {
+        device: budget.device,
+        budget_bytes: (budget.device != Device::Disk).then_some(budget.bytes),
+        weight_bytes: 0,
+        kv_bytes: 0,
+        workspace_bytes: 0,
+        staging_bytes: 0,
+        reserved_bytes: 0,
+    }
+}
+
+/// Bytes of sums that a member reads of another for one row.
+fn sum_bytes(sizes: &Sizes) -> u64 {
+    (2 * sizes.spec.num_layers * sizes.spec.hidden_size * DType::F32.size_bytes()) as u64
+}
+
+/// Every member reads the sums of every other; the others are sent what the images become.
+fn links(sizes: &Sizes, members: &[Device]) -> Vec<LinkPlan> {
+    let rows = (sizes.spec.num_vision_tokens() + IMAGE_PROMPT_TEXT_TOKENS) as u64;
+    let mut links = Vec::new();
+    for &from in members {
+        for &to in members.iter().filter(|to| **to != from) {
+            let features = if from == members[0] { features_bytes(sizes) } else { 0 };
+            let bytes_per_token = sum_bytes(sizes);
+            links.push(LinkPlan { from, to, bytes_per_token, bytes_per_image: rows * bytes_per_token + features });
+        }
+    }
+    links.sort_by_key(|link| (link.from, link.to));
+    links
+}
+
+/// What one image becomes.
+fn features_bytes(sizes: &Sizes) -> u64 {
+    let limits = StepLimits { max_images: 1, ..sizes.limits };
+    BufferKind::VisionFeatures.bytes(&sizes.spec, &limits, sizes.activation_dtype)
+}
+
+/// What is predicted of a group.
+struct Times {
+    seconds_per_token: f64,
+    seconds_per_image: f64,
+    tokens_per_second: f64,
+}
+
+/// Layers at the rate of all members, the vision tower at that of one.
+fn times(placement: &Placement, sizes: &Sizes, links: &Links, members: &[Device]) -> Times {
+    let num_members = members.len() as f64;
+    let number = |device: Device| if let Device::Gpu(number) = device { number } else { 0 };
+    let (first, next) = (number(members[0]), number(members[members.len() - 1]));
+    let card = links.card(first);
+    let all_cards = CardRates {
+        copy_bytes_per_s: card.copy_bytes_per_s * num_members,
+        product_flops_per_s: card.product_flops_per_s * num_members,
+        ..card.clone()
+    };
+    let together = links.clone().with_card(first, "", all_cards);
+    let times = placement.times(sizes, &together);
+    let exchanges_s = 2.0 * sizes.spec.num_layers as f64 * if members.len() > 1 { EXCHANGE_S } else { 0.0 };
+    let rows = (sizes.spec.num_vision_tokens() + IMAGE_PROMPT_TEXT_TOKENS) as f64;
+    let rows_s = rows * sum_bytes(sizes) as f64 * (num_members - 1.0) / links.pair(first, next).bytes_per_s;
+    let vision_flops = sizes.prefill_flops(&(0..sizes.num_vision));
+    let vision_s = vision_flops / card_flops_per_s(links, first) * (1.0 - 1.0 / num_members);
+    let sequences = sizes.limits.max_sequences as f64;
+    let round_s = placement.round_s(sizes, &together, sequences, sizes.limits.context_len as f64) + exchanges_s;
+    Times {
+        seconds_per_token: times.token_s + exchanges_s,
+        seconds_per_image: times.image_s + vision_s + exchanges_s + rows_s,
+        tokens_per_second: sequences / round_s,
+    }
+}
+
+fn notices(request: &PlanRequest, devices: &[DevicePlan], members: &[Device]) -> Vec<String> {
+    let names: Vec<String> = members.iter().map(|member| format!("`{member}`")).collect();
+    let shared: u64 = devices.iter().filter(|device| members.contains(&device.device)).map(|it| it.weight_bytes).sum();
+    let mut notices = vec![format!(
+        "tensor parallel: {} compute every layer together, {} of weights on all of them; the vision tower runs on `{}`",
+        names.join(", "),
+        format_bytes(shared),
+        members[0]
+    )];
+    let idle = devices.iter().filter(|device| matches!(device.device, Device::Gpu(_)));
+    let idle = idle.filter(|device| !members.contains(&device.device));
+    notices.extend(idle.map(|device| format!("`{}` is not used", device.device)));
+    if request.limits.context_len > request.spec.max_position_embeddings {
+        notices.push(format!(
+            "the model was trained for {} positions; {} are planned for",
+            request.spec.max_position_embeddings, request.limits.context_len
+        ));
+    }
+    notices
+}
+
+impl Plan {
+    /// Whether memory of `device` is planned with: a rank is on it, or it is a member of the group that is one.
+    pub fn occupies(&self, device: Device) -> bool {
+        self.uses(device) || self.tensor_parallel.contains(&device)
+    }
+
+    /// The planned members of the group that `device` leads, in their order; that device alone where it leads none.
+    pub fn members_with(&self, device: Device) -> Vec<&DevicePlan> {
+        let alone = [device];
+        let leads = self.tensor_parallel.first() == Some(&device);
+        let members = if leads { &self.tensor_parallel[..] } else { &alone };
+        let planned = |member: &Device| self.devices.iter().find(|planned| planned.device == *member);
+        members.iter().filter_map(planned).collect()
+    }
+
+    /// Whether `device` takes part in `unit`.
+    pub(crate) fn takes_part(&self, device: Device, executes_on: Device, unit: Unit) -> bool {
+        device == executes_on || (!unit.is_vision() && self.tensor_parallel.contains(&device))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cogvlm_core::ModelConfig;
+    use cogvlm_core::memory::GIB;
+
+    use super::*;
+
+    fn request(model: &str, gib: &[u64], batch: usize) -> PlanRequest {
+        let budget =
+            |(ordinal, gib): (usize, &u64)| DeviceBudget { device: Device::Gpu(ordinal as u32), bytes: gib * GIB };
+        PlanRequest {
+            model: model.to_owned(),
+            spec: ModelConfig::built_in(model).unwrap().resolve().unwrap(),
+            weight_dtype: DType::Bf16,
+            activation_dtype: DType::Bf16,
+            budgets: gib.iter().enumerate().map(budget).collect(),
+            policy: Policy::Auto,
+            limits: StepLimits::new(2048, batch),
+            reserve_bytes: 600 << 20,
+            links: Links::default(),
+        }
+    }
+
+    #[test]
+    fn members_hold_half_of_the_layers_each() {
+        let plan = plan_tensor_parallel(&request("cogvlm-chat-17b", &[139, 139, 139], 1), 2).unwrap();
+        assert_eq!(plan.tensor_parallel, [Device::Gpu(0), Device::Gpu(1)]);
+        let [first, second, third] = &plan.devices[..] else { panic!("three devices") };
+        // The vision tower and the adapter: 8 850 528 768 bytes.
+        assert_eq!(first.weight_bytes - second.weight_bytes, 8_850_528_768);
+        assert_eq!([first.kv_bytes, second.kv_bytes], [2048 * 524_288 / 2; 2]);
+        assert_eq!(third.used_bytes(), 0);
+        assert!(plan.notices.iter().any(|notice| notice == "`2` is not used"), "{:?}", plan.notices);
+        assert!(plan.uses(Device::Gpu(0)) && !plan.uses(Device::Gpu(1)) && plan.occupies(Device::Gpu(1)));
+        assert_eq!(plan.members_with(Device::Gpu(0)).len(), 2);
+        let alone = crate::plan(&request("cogvlm-chat-17b", &[139], 1)).unwrap();
+        assert!(plan.seconds_per_token < 0.6 * alone.seconds_per_token, "{plan:?}");
+        assert!(plan.seconds_per_image < alone.seconds_per_image);
+    }
+
+    #[test]
+    fn plans_survive_json() {
+        let request = PlanRequest { limits: StepLimits::new(1024, 3), ..request("tiny", &[1, 1, 1], 1) };
+        let mut swapped = request.clone();
+        swapped.budgets.reverse();
+        for request in [&request, &swapped] {
+            let plan = plan_tensor_parallel(request, 2).unwrap();
+            let text = plan.to_json();
+            assert_eq!(Plan::from_json(&text, &request.spec).unwrap(), plan);
+            let longer = PlanRequest { limits: StepLimits::new(2048, 3), ..request.clone() };
+            let longer = plan.for_request(&longer).unwrap();
+            assert_eq!(longer.tensor_parallel, plan.tensor_parallel);
+            assert_eq!(longer.devices[1].kv_bytes, 2 * plan.devices[1].kv_bytes);
+            let other = text.replacen("\"units\": [", "\"units\": [\n\"model.norm\",", 1);
+            assert!(Plan::from_json(&other, &request.spec).unwrap_err().to_string().contains("`stages`"));
+        }
+        let alone = DeviceBudget { device: Device::Gpu(0), bytes: 1 << 30 };
+        let plan = plan_tensor_parallel(&request, 2).unwrap();
+        let error = plan.for_request(&PlanRequest { budgets: vec![alone], ..request }).unwrap_err();
+        assert!(error.to_string().contains("names `1`, which has no budget"), "{error}");
+    }
+
+    #[test]
+    fn groups_that_cannot_be_are_refused() {
+        let refused = |model, gib: &[u64], members| plan_tensor_parallel(&request(model, gib, 1), members).unwrap_err();
+        assert_eq!(
+            refused("cogvlm-chat-17b", &[139], 2).to_string(),
+            "`--tensor-parallel 2` needs 2 numbered devices, `--max-memory` names 1"
+        );
+        assert_eq!(
+            refused("cogvlm-chat-17b", &[139; 3], 3).to_string(),
+            "`--tensor-parallel`: 3 devices cannot share 32 query heads evenly"
+        );
+        let mut apart = request("cogvlm-chat-17b", &[139, 139], 1);
+        apart.budgets[1].device = Device::parse("1/0").unwrap();
+        let error = plan_tensor_parallel(&apart, 2).unwrap_err().to_string();
+        assert!(error.ends_with("needs devices of one process, but `0` and `1/0` are of two"), "{error}");
+        let error = refused("cogvlm-chat-17b", &[139, 8], 2);
+        assert!(matches!(error, PlanError::OverBudget { device: Device::Gpu(1), .. }), "{error}");
+        assert!(error.hint().is_some_and(|hint| hint.starts_with("raise `1` to ")), "{error}");
+    }
+}

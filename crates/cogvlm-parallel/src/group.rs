@@ -337,7 +337,8 @@ impl<B: Shardable> Backend for TensorParallel<B> {
             let reason = format!("rows from {} devices for {}", parcel.len(), buffer.parts.len());
             return Err(unsupported("receive", reason));
         }
-        for (index, (member, parcel)) in self.members.iter().zip(parcel).enumerate() {
+        let num_parts = buffer.parts.len();
+        for (index, (member, parcel)) in self.members.iter().zip(parcel).take(num_parts).enumerate() {
             member.receive(parcel, buffer.output("receive", index)?, first_row)?;
         }
         Ok(())

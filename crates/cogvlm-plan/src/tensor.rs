@@ -155,7 +155,7 @@ fn times(placement: &Placement, sizes: &Sizes, links: &Links, members: &[Device]
     let all_cards = CardRates {
         copy_bytes_per_s: card.copy_bytes_per_s * num_members,
         product_flops_per_s: card.product_flops_per_s * num_members,
-        ..card.clone()
+        ..*card
     };
     let together = links.clone().with_card(first, "", all_cards);
     let times = placement.times(sizes, &together);

@@ -5,14 +5,17 @@ use cogvlm_core::{Device, ModelSpec};
 use crate::account::Placement;
 use crate::cost::StepKind;
 use crate::links::Links;
-use crate::own::sizes::Sizes;
+use crate::own::sizes::{Sizes, image_rows};
 use crate::plan::Plan;
+use crate::tensor::{group_s, together};
 
 /// Predicted times of a plan under given rates.
 pub struct Prediction {
     sizes: Sizes,
     placement: Placement,
     links: Links,
+    /// Devices that compute every layer together; one where none do.
+    members: Vec<Device>,
 }
 
 impl Plan {
@@ -22,23 +25,35 @@ impl Plan {
         let stages = self.stages.iter();
         let executes_on = stages.flat_map(|stage| std::iter::repeat_n(stage.device, stage.units.len())).collect();
         let residency = self.placements.iter().map(|placement| placement.residency).collect();
-        Prediction { sizes, placement: Placement { executes_on, residency }, links: links.clone() }
+        let members = self.tensor_parallel.clone();
+        Prediction { sizes, placement: Placement { executes_on, residency }, links: links.clone(), members }
     }
 }
 
 impl Prediction {
+    /// Rates of the devices as they compute, and seconds of a step of `rows` rows beyond what these take.
+    fn group(&self, has_image: bool, rows: usize) -> (Links, f64) {
+        if self.members.is_empty() {
+            return (self.links.clone(), 0.0);
+        }
+        let beyond_s = group_s(&self.sizes, &self.links, &self.members, has_image, rows);
+        (together(&self.links, &self.members), beyond_s)
+    }
+
     /// Seconds of a decode step of `sequences` sequences, each with `context_len` tokens in its KV cache, through all
     /// stages in turn: how long one of them waits for a token where nothing else is under way.
     pub fn decode_step_s(&self, sequences: usize, context_len: f64) -> f64 {
         let step = StepKind::Decode { sequences: sequences as f64, context_len };
-        self.placement.step(&self.sizes, &self.links, step).seconds
+        let (links, beyond_s) = self.group(false, sequences);
+        self.placement.step(&self.sizes, &links, step).seconds + beyond_s
     }
 
     /// Seconds in which each of `sequences` sequences gets a token, all decoded at once. Where several ranks compute
     /// text, the sequences are decoded in as many groups, which take turns: a round of them takes as long as the slowest
     /// rank takes for one group, times the groups. Where one rank computes all text it is a decode step.
     pub fn decode_round_s(&self, sequences: usize, context_len: f64) -> f64 {
-        self.placement.round_s(&self.sizes, &self.links, sequences as f64, context_len)
+        let (links, beyond_s) = self.group(false, sequences);
+        self.placement.round_s(&self.sizes, &links, sequences as f64, context_len) + beyond_s
     }
 
     /// Tokens per second of all `sequences` together.
@@ -54,6 +69,8 @@ impl Prediction {
     /// Seconds of the prefill of one prompt of `text_tokens` tokens, BOS included, beside those of an image where it
     /// has one.
     pub fn prefill_s(&self, has_image: bool, text_tokens: usize) -> f64 {
-        self.placement.step(&self.sizes, &self.links, StepKind::Prefill { has_image, text_tokens }).seconds
+        let rows = image_rows(&self.sizes.spec, has_image) + text_tokens;
+        let (links, beyond_s) = self.group(has_image, rows);
+        self.placement.step(&self.sizes, &links, StepKind::Prefill { has_image, text_tokens }).seconds + beyond_s
     }
 }

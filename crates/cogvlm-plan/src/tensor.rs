@@ -148,29 +148,48 @@ struct Times {
 
 /// Layers at the rate of all members, the vision tower at that of one.
 fn times(placement: &Placement, sizes: &Sizes, links: &Links, members: &[Device]) -> Times {
-    let num_members = members.len() as f64;
-    let number = |device: Device| if let Device::Gpu(number) = device { number } else { 0 };
-    let (first, next) = (number(members[0]), number(members[members.len() - 1]));
+    let together = together(links, members);
+    let times = placement.times(sizes, &together);
+    let sequences = sizes.limits.max_sequences as f64;
+    let round_s = placement.round_s(sizes, &together, sequences, sizes.limits.context_len as f64);
+    let rows = sizes.spec.num_vision_tokens() + IMAGE_PROMPT_TEXT_TOKENS;
+    let decode_s = group_s(sizes, links, members, false, 1);
+    Times {
+        seconds_per_token: times.token_s + decode_s,
+        seconds_per_image: times.image_s + group_s(sizes, links, members, true, rows),
+        tokens_per_second: sequences / (round_s + decode_s),
+    }
+}
+
+fn number(device: Device) -> u32 {
+    if let Device::Gpu(number) = device { number } else { 0 }
+}
+
+/// `links`, where the first of `members` is as fast as all of them.
+pub(crate) fn together(links: &Links, members: &[Device]) -> Links {
+    let (first, num_members) = (number(members[0]), members.len() as f64);
     let card = links.card(first);
     let all_cards = CardRates {
         copy_bytes_per_s: card.copy_bytes_per_s * num_members,
         product_flops_per_s: card.product_flops_per_s * num_members,
         ..*card
     };
-    let together = links.clone().with_card(first, "", all_cards);
-    let times = placement.times(sizes, &together);
-    let exchanges_s = 2.0 * sizes.spec.num_layers as f64 * if members.len() > 1 { EXCHANGE_S } else { 0.0 };
-    let rows = (sizes.spec.num_vision_tokens() + IMAGE_PROMPT_TEXT_TOKENS) as f64;
-    let rows_s = rows * sum_bytes(sizes) as f64 * (num_members - 1.0) / links.pair(first, next).bytes_per_s;
-    let vision_flops = sizes.prefill_flops(&(0..sizes.num_vision));
-    let vision_s = vision_flops / card_flops_per_s(links, first) * (1.0 - 1.0 / num_members);
-    let sequences = sizes.limits.max_sequences as f64;
-    let round_s = placement.round_s(sizes, &together, sequences, sizes.limits.context_len as f64) + exchanges_s;
-    Times {
-        seconds_per_token: times.token_s + exchanges_s,
-        seconds_per_image: times.image_s + vision_s + exchanges_s + rows_s,
-        tokens_per_second: sequences / round_s,
+    links.clone().with_card(first, "", all_cards)
+}
+
+/// Seconds of a step of `rows` rows beyond what members together take: adding up sums, and the vision tower, which only
+/// one of them computes.
+pub(crate) fn group_s(sizes: &Sizes, links: &Links, members: &[Device], has_image: bool, rows: usize) -> f64 {
+    let (first, last) = (number(members[0]), number(members[members.len() - 1]));
+    if first == last {
+        return 0.0;
     }
+    let num_members = members.len() as f64;
+    let exchanges_s = 2.0 * sizes.spec.num_layers as f64 * EXCHANGE_S;
+    let rows_s = rows as f64 * sum_bytes(sizes) as f64 * (num_members - 1.0) / links.pair(first, last).bytes_per_s;
+    let vision_flops = if has_image { sizes.prefill_flops(&(0..sizes.num_vision)) } else { 0.0 };
+    let vision_s = vision_flops / card_flops_per_s(links, first) * (1.0 - 1.0 / num_members);
+    exchanges_s + rows_s + vision_s
 }
 
 fn notices(request: &PlanRequest, devices: &[DevicePlan], members: &[Device]) -> Vec<String> {

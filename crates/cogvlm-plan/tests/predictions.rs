@@ -6,7 +6,7 @@ use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device};
 use cogvlm_plan::links::{CardRates, HostRates, Links, MeasuredOn, PeerRates};
 use cogvlm_plan::plan::{Plan, PlanRequest, Policy};
-use cogvlm_plan::{Prediction, plan};
+use cogvlm_plan::{Prediction, plan, plan_tensor_parallel};
 use common::{all_at_home, request, request_of};
 
 /// What a prediction may be off.
@@ -349,4 +349,36 @@ fn files_that_do_not_hold_are_refused_by_field() {
         assert!(message.starts_with(expected), "{text}: {message}");
     }
     assert!(Links::from_json(&whole.to_string()).is_ok(), "the file itself is whole");
+}
+
+/// One of the two H200 of docs/benchmarks/2026-11-22-two-h200.
+const H200: CardRates = CardRates {
+    copy_bytes_per_s: 4.19e12,
+    product_flops_per_s: 806e12,
+    from_host_bytes_per_s: 55.3e9,
+    to_host_bytes_per_s: 55.2e9,
+    host_hop_s: 15e-6,
+};
+
+#[test]
+fn two_h200_that_compute_together_are_predicted() {
+    let peers = PeerRates { peer_access: true, bytes_per_s: 390e9, hop_s: 16e-6 };
+    let request = request("0:135GiB,1:135GiB", Policy::Auto);
+    let plan = plan_tensor_parallel(&request, 2).unwrap();
+    let predicted = |rates: CardRates| {
+        let links = Links::default().with_card(0, "H200", rates).with_card(1, "H200", rates);
+        let predicted = plan.prediction(&request.spec, &links.with_pair(0, 1, peers).with_pair(1, 0, peers));
+        let step = |sequences| predicted.decode_step_s(sequences, 1300.0);
+        [
+            ("decode 1", step(1), 2.68e-3),
+            ("decode 8", step(8), 3.44e-3),
+            ("decode 16", step(16), 4.21e-3),
+            ("prefill with an image", predicted.prefill_s(true, 33), 47.2e-3),
+        ]
+    };
+    let (off, what) = worst(&predicted(H200));
+    assert!(off <= WITHIN, "{what} is off by {off}: {:?}", predicted(H200));
+    // As one card alone would be predicted, or with cards of half the rate.
+    let half = CardRates { copy_bytes_per_s: 2.1e12, product_flops_per_s: 403e12, ..H200 };
+    assert!(worst(&predicted(half)).0 > WITHIN);
 }

@@ -250,6 +250,9 @@ pub trait Backend: Send + Sync + 'static {
     /// takes nothing from the arena.
     fn attach(&self, weight: &HostWeight) -> Result<Self::Weight, BackendError>;
 
+    /// Gets ready to stream `weights` from host memory again and again. A hint, given once before they are staged first.
+    fn prepare_streaming(&self, _weights: &[HostWeight]) {}
+
     /// Takes `num_slots` staging slots of `slot_bytes` from the arena. A slot has room for weights whose sizes, each
     /// rounded up to 256 bytes, are `slot_bytes` together.
     fn staging(&self, num_slots: usize, slot_bytes: usize) -> Result<Self::Ring, BackendError>;

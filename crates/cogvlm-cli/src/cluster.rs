@@ -23,7 +23,7 @@ pub(crate) fn meet(args: &ModelArgs, plan: &Plan) -> CliResult<Option<Processes>
     if membership.size <= last.process() {
         let (size, needed) = (membership.size, last.process() + 1);
         let message = format!(
-            "`--max-memory` names `{last}`, a device of process {}, but there are {size} processes",
+            "`--max-memory` names `{last}`, a device of process {}, but the number of processes is {size}",
             last.process()
         );
         let hint = format!(

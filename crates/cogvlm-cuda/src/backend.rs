@@ -153,6 +153,10 @@ impl Backend for CudaBackend {
         Ok(CudaWeight::attached(weight))
     }
 
+    fn prepare_streaming(&self, weights: &[HostWeight]) {
+        self.loader.prepare(weights);
+    }
+
     fn staging(&self, num_slots: usize, slot_bytes: usize) -> Result<CudaRing, BackendError> {
         CudaRing::new(self, num_slots, slot_bytes)
     }

@@ -144,6 +144,8 @@ const STREAM_LANES: usize = 12;
 const LANE_SLOTS: usize = 2;
 /// Bytes of such a slot.
 const PIECE_BYTES: usize = 2 << 20;
+/// Threads that register what is going to be streamed: more are no faster.
+const PREPARING_THREADS: usize = 4;
 /// Cores from which on weights are loaded through pinned memory, though their file is in the page cache: 8 threads
 /// copy 41 to 45 GB/s, whatever the cache's pages are, where registering manages 14 to 17 of small pages and 38 to 46
 /// of large ones (16 cores, H100).
@@ -273,6 +275,33 @@ impl Loader {
             return Ok(());
         }
         self.copy_staged(weight, range, to, queue)
+    }
+
+    /// Registers where `weights` are mapped, as far as they are in the page cache, so that the device copies them at the
+    /// full rate of the link from the first time on. Meanwhile nothing else may run: both would wait for each other in
+    /// the driver. What cannot be registered is told when it is copied.
+    pub(crate) fn prepare(&self, weights: &[HostWeight]) {
+        let next = AtomicUsize::new(0);
+        let register = || {
+            while let Some(weight) = weights.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let (Some(bytes), Some(registered)) = (weight.mapped(), self.registered(weight)) else { continue };
+                let (address, length) = (bytes.as_ptr().addr(), bytes.len());
+                if length == 0 || !registered::is_resident(address, length) {
+                    continue;
+                }
+                let start = address - registered.address();
+                if registered.ensure(&(start..start + length)).is_err() {
+                    return;
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..PREPARING_THREADS {
+                // Without them it takes longer.
+                drop(std::thread::Builder::new().name("registrar".to_owned()).spawn_scoped(scope, register));
+            }
+            register();
+        });
     }
 
     /// Copies straight from the mapped file; `false` where it has to be staged.

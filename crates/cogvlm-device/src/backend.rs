@@ -80,6 +80,13 @@ impl Backend for AnyBackend {
         Ok(make!(self.attach(weight)))
     }
 
+    fn prepare_streaming(&self, weights: &[HostWeight]) {
+        match self {
+            Self::Cpu(cpu) => cpu.prepare_streaming(weights),
+            Self::Cuda(cuda) => cuda.prepare_streaming(weights),
+        }
+    }
+
     fn staging(&self, num_slots: usize, slot_bytes: usize) -> Result<Ring, BackendError> {
         Ok(make!(self.staging(num_slots, slot_bytes)))
     }

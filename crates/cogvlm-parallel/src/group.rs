@@ -249,6 +249,10 @@ impl<B: Shardable> Backend for TensorParallel<B> {
         Ok(SharedWeight::new(Sharing::Replicated, parts))
     }
 
+    fn prepare_streaming(&self, weights: &[HostWeight]) {
+        self.first().prepare_streaming(weights);
+    }
+
     fn staging(&self, num_slots: usize, slot_bytes: usize) -> Result<B::Ring, BackendError> {
         if self.group.is_some() {
             let reason = "devices that compute together hold all of their weights: none are streamed to them";

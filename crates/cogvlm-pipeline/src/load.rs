@@ -158,6 +158,15 @@ fn load_ranks<B: Portable>(
             (key, source)
         });
         let groups: HashMap<GroupKey, GroupSource<B::Weight>> = groups.collect();
+        let streamed = groups.values().flat_map(|group| match group {
+            GroupSource::Streamed(sources) => &sources[..],
+            GroupSource::Resident(_) => &[],
+        });
+        let in_host_memory = streamed.filter_map(|source| match source {
+            SourceTensor::Host(weight) => Some(HostWeight::clone(weight)),
+            SourceTensor::File(_) | SourceTensor::Peer(_) => None,
+        });
+        backend.prepare_streaming(&in_host_memory.collect::<Vec<_>>());
         let weights =
             Weights::new(&*backend, groups, STAGING_SLOTS, slot_bytes as usize).map_err(|e| failed(e.into()))?;
         let limits = plan.limits;

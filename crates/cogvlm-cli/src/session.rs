@@ -98,7 +98,7 @@ impl Session {
         }
         let failed = |error: CliError| cluster::fail(processes.as_ref(), error);
         machine.check(&plan, process).map_err(failed)?;
-        let on_gpus = matches!(machine, Machine::Gpus(_));
+        let on_gpus = machine.on_gpus();
         let threads = thread_pool(args.threads).map_err(failed)?;
         let num_threads = threads.current_num_threads();
         let activations = DType::from(args.dtype);

@@ -7,7 +7,7 @@ use cogvlm_core::Expert;
 use serde::{Deserialize, Serialize};
 
 /// What one step computes. Shared by all stages.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Step {
     /// Its rows and sequences.
     pub batch: Batch,
@@ -25,7 +25,7 @@ pub struct Step {
 }
 
 /// An image of a step.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StepImage {
     /// Normalised pixels, `[channels, image_size, image_size]`. To other processes they travel apart.
     #[serde(skip, default = "no_pixels")]

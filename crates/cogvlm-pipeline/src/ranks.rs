@@ -15,7 +15,7 @@ use cogvlm_model::{Captured, Crossing, Rank, StageOutput, Step};
 use serde::{Deserialize, Serialize};
 use tracing::debug_span;
 
-use crate::remote::{Remote, reads_pixels};
+use crate::remote::Remote;
 
 /// What went wrong on a rank.
 #[derive(Debug, thiserror::Error)]
@@ -80,7 +80,8 @@ pub(crate) struct Envelope<B: Backend> {
 
 /// Begin and end of a rank's vision units, in the time of its device.
 struct VisionSpan<B: Backend> {
-    rank: usize,
+    device: Device,
+    backend: Arc<B>,
     moments: [B::Moment; 2],
 }
 
@@ -92,6 +93,14 @@ impl<B: Backend> Envelope<B> {
     ) -> Self {
         Self { id, step: Arc::new(step), stage, input, captured, vision: Vec::new(), vision_time }
     }
+
+    /// Waits for what devices of this process measured: another one cannot ask them.
+    fn settle_vision_time(mut self) -> Result<Self, RankError> {
+        for span in self.vision.drain(..) {
+            self.vision_time += span.time()?;
+        }
+        Ok(self)
+    }
 }
 
 /// What a rank's thread is told.
@@ -102,7 +111,8 @@ pub(crate) enum Message<B: Backend> {
 
 /// What the last stage gives: the tokens are on their way.
 pub(crate) struct LastOutput<B: Backend> {
-    rank: usize,
+    device: Device,
+    backend: Arc<B>,
     stage: usize,
     sampled: Option<B::Sampled>,
     logits: Vec<Vec<f32>>,
@@ -139,11 +149,8 @@ impl<B: Backend> Clone for Inbox<B> {
 
 /// The way to the ranks of other processes.
 pub(crate) trait Portal<B: Backend>: Send + Sync {
-    /// Sends a step to `process`, with its images where they are still needed; its rows are of `backend`. `vision_time` is
-    /// that of all its vision units so far.
-    fn send(
-        &self, backend: Option<&B>, process: usize, needs_pixels: bool, envelope: Envelope<B>, vision_time: Duration,
-    ) -> Result<(), RankError>;
+    /// Sends a step to `process`; its rows are of `backend`. All of its time in vision units is in `vision_time`.
+    fn send(&self, backend: Option<&B>, process: usize, envelope: Envelope<B>) -> Result<(), RankError>;
 }
 
 /// A stage, and the rank that executes it.
@@ -161,7 +168,7 @@ pub struct Ranks<B: Backend> {
     routes: Arc<Vec<Route>>,
     inboxes: Vec<Inbox<B>>,
     results: Receiver<Outcome<B>>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<(Device, JoinHandle<()>)>,
     /// The other processes of the run, if any; ends after the threads.
     remote: Option<Remote>,
     /// The only rank, if there is just one: it runs on the caller's thread, which waking another would only delay.
@@ -176,8 +183,6 @@ struct RankThread<B: Backend> {
     rank: Rank<B>,
     routes: Arc<Vec<Route>>,
     backend: Arc<B>,
-    /// Those of all ranks of this process.
-    backends: Vec<Option<Arc<B>>>,
     /// Processes of all ranks, and the ways to them.
     peers: Vec<(usize, Inbox<B>)>,
     results: Sender<Outcome<B>>,
@@ -201,11 +206,11 @@ impl<B: Backend> Ranks<B> {
         let (result_sender, results) = channel();
         let (senders, outlets): (Vec<_>, Vec<_>) = ranks.iter().map(|_| channel()).unzip();
         let backend_of = |rank: &RankOf<B>| rank.here.as_ref().map(|(backend, _)| Arc::clone(backend));
-        let all_backends: Vec<Option<Arc<B>>> = ranks.iter().map(backend_of).collect();
+        let backends: Vec<Option<Arc<B>>> = ranks.iter().map(backend_of).collect();
         let doors = Doors {
             routes: Arc::clone(&routes),
             inboxes: senders.clone(),
-            backends: all_backends.clone(),
+            backends: backends.clone(),
             results: result_sender.clone(),
         };
         let (remote, portal) = connect(doors)?.unzip();
@@ -218,19 +223,17 @@ impl<B: Backend> Ranks<B> {
         let peers: Vec<(usize, Inbox<B>)> = processes.zip(inboxes.iter().cloned()).collect();
         let is_alone = ranks.len() == 1 && remote.is_none();
         let (devices, threads) = (ranks.iter().map(|rank| rank.device).collect(), Vec::new());
-        let backends = all_backends.clone();
         let mut all = Self { devices, backends, routes, inboxes, results, threads, remote, alone: None, next_id: 0 };
         for (index, (RankOf { device, here }, inbox)) in ranks.into_iter().zip(outlets).enumerate() {
             let Some((backend, rank)) = here else { continue };
             let (routes, peers, results) = (Arc::clone(&all.routes), peers.clone(), result_sender.clone());
-            let backends = all_backends.clone();
-            let thread = RankThread { index, device, rank, routes, backend, backends, peers, results };
+            let thread = RankThread { index, device, rank, routes, backend, peers, results };
             if is_alone {
                 all.alone = Some(Mutex::new(thread));
                 break;
             }
             let name = format!("rank-{device}");
-            all.threads.push(std::thread::Builder::new().name(name).spawn(move || thread.run(&inbox))?);
+            all.threads.push((device, std::thread::Builder::new().name(name).spawn(move || thread.run(&inbox))?));
         }
         Ok(all)
     }
@@ -271,8 +274,7 @@ impl<B: Backend> Ranks<B> {
             (Some(alone), _) => alone.lock().map_err(|_| stopped(rank))?.pass(envelope),
             (None, Inbox::Here(inbox)) => inbox.send(Message::Run(envelope)).map_err(|_| stopped(rank))?,
             (None, Inbox::Elsewhere(portal)) => {
-                let needs_pixels = reads_pixels(&self.routes, stage..self.routes.len());
-                portal.send(None, self.devices[rank].process(), needs_pixels, envelope, Duration::ZERO)?;
+                portal.send(None, self.devices[rank].process(), envelope)?;
             }
         }
         Ok(id)
@@ -284,34 +286,39 @@ impl<B: Backend> Ranks<B> {
     /// Where no step will end any more. What goes wrong with a step is told with its name.
     pub(crate) fn wait(&self) -> Result<(StepId, Result<StepResult, RankError>), RankError> {
         loop {
-            match self.results.recv_timeout(Duration::from_millis(200)) {
-                Ok((id, Ok(Ended::Here(output)))) => return Ok((id, self.finish(output))),
-                Ok((id, Ok(Ended::Elsewhere(result)))) => return Ok((id, Ok(result))),
-                Ok((id, Err(error))) => return Ok((id, Err(error))),
-                // A thread ends before its ranks are dropped only if it panicked.
-                Err(_) => {
-                    if let Some(remote) = &self.remote {
-                        remote.check()?;
-                    }
-                    if let Some(thread) = self.threads.iter().find(|thread| thread.is_finished()) {
-                        let name = thread.thread().name().unwrap_or_default();
-                        let mut devices = self.devices.iter().copied();
-                        let device = devices.find(|device| name == format!("rank-{device}")).unwrap_or(Device::Cpu);
-                        return Err(RankError::Stopped { device });
-                    }
-                }
+            if let Some(ended) = self.wait_for(Duration::from_millis(200))? {
+                return Ok(ended);
             }
         }
     }
 
+    /// The step that ends within `patience`, if any does.
+    #[expect(clippy::type_complexity, reason = "what `wait` gives, or nothing")]
+    fn wait_for(&self, patience: Duration) -> Result<Option<(StepId, Result<StepResult, RankError>)>, RankError> {
+        if let Ok((id, outcome)) = self.results.recv_timeout(patience) {
+            let result = outcome.and_then(|ended| match ended {
+                Ended::Here(output) => Self::finish(output),
+                Ended::Elsewhere(result) => Ok(result),
+            });
+            return Ok(Some((id, result)));
+        }
+        if let Some(remote) = &self.remote {
+            remote.check()?;
+        }
+        // A thread ends before its ranks are dropped only if it panicked.
+        match self.threads.iter().find(|(_, thread)| thread.is_finished()) {
+            Some((device, _)) => Err(RankError::Stopped { device: *device }),
+            None => Ok(None),
+        }
+    }
+
     /// Asks for times only once the tokens are there: then every device is past what it measured.
-    fn finish(&self, output: LastOutput<B>) -> Result<StepResult, RankError> {
-        let LastOutput { rank, stage, sampled, logits, captured, vision, mut vision_time } = output;
-        let backend = |rank: usize| self.backends[rank].as_ref().expect("what ranks of this process did");
-        let tokens = sampled.map_or(Ok(Vec::new()), |sampled| backend(rank).sampled(&sampled));
-        let tokens = tokens.map_err(|source| RankError::Stage { stage, device: self.devices[rank], source })?;
+    fn finish(output: LastOutput<B>) -> Result<StepResult, RankError> {
+        let LastOutput { device, backend, stage, sampled, logits, captured, vision, mut vision_time } = output;
+        let tokens = sampled.map_or(Ok(Vec::new()), |sampled| backend.sampled(&sampled));
+        let tokens = tokens.map_err(|source| RankError::Stage { stage, device, source })?;
         for span in vision {
-            vision_time += span.time(&**backend(span.rank), self.devices[span.rank])?;
+            vision_time += span.time()?;
         }
         Ok(StepResult { tokens, logits, captured, vision_time })
     }
@@ -335,36 +342,24 @@ impl<B: Backend> Ranks<B> {
     /// Where a process of the run fails.
     pub fn serve(self) -> Result<(), RankError> {
         let Some(remote) = &self.remote else { return Ok(()) };
-        loop {
-            match self.results.recv_timeout(Duration::from_millis(50)) {
-                Ok((id, outcome)) => {
-                    let result = match outcome {
-                        Ok(Ended::Here(output)) => self.finish(output),
-                        Ok(Ended::Elsewhere(result)) => Ok(result),
-                        Err(error) => Err(error),
-                    };
-                    remote.tell(id, result)?;
-                }
-                Err(_) => {
-                    remote.check()?;
-                    if let Some(thread) = self.threads.iter().find(|thread| thread.is_finished()) {
-                        let name = thread.thread().name().unwrap_or_default();
-                        return Err(remote.fail(&format!("its thread {name} has stopped")));
-                    }
-                    if remote.is_over() {
-                        return Ok(());
-                    }
-                }
+        while !remote.is_over() {
+            match self.wait_for(Duration::from_millis(50)) {
+                Ok(Some((id, result))) => remote.tell(id, result)?,
+                Ok(None) => {}
+                // The others know of it already.
+                Err(error @ RankError::Cluster(_)) => return Err(error),
+                Err(error) => return Err(remote.fail(&error.to_string())),
             }
         }
+        Ok(())
     }
 }
 
 impl<B: Backend> VisionSpan<B> {
     /// Waits until both moments have come.
-    fn time(&self, backend: &B, device: Device) -> Result<Duration, RankError> {
-        let [begin, end] = &self.moments;
-        backend.elapsed(begin, end).map_err(|source| RankError::Clock { device, source })
+    fn time(self) -> Result<Duration, RankError> {
+        let Self { device, backend, moments: [begin, end] } = self;
+        backend.elapsed(&begin, &end).map_err(|source| RankError::Clock { device, source })
     }
 }
 
@@ -395,7 +390,7 @@ impl<B: Backend> Drop for Ranks<B> {
                 drop(inbox.send(Message::Stop));
             }
         }
-        for thread in self.threads.drain(..) {
+        for (_, thread) in self.threads.drain(..) {
             drop(thread.join());
         }
     }
@@ -416,10 +411,8 @@ impl<B: Backend> RankThread<B> {
                 // The peer is gone only if it panicked, which the engine notices.
                 (_, Inbox::Here(inbox)) => drop(inbox.send(Message::Run(envelope))),
                 (process, Inbox::Elsewhere(portal)) => {
-                    let needs_pixels = reads_pixels(&self.routes, envelope.stage..self.routes.len());
-                    let sent = self
-                        .vision_time(&envelope)
-                        .and_then(|time| portal.send(Some(&self.backend), *process, needs_pixels, envelope, time));
+                    let settled = envelope.settle_vision_time();
+                    let sent = settled.and_then(|envelope| portal.send(Some(&self.backend), *process, envelope));
                     if let Err(error) = sent {
                         drop(self.results.send((id, Err(error))));
                     }
@@ -429,14 +422,6 @@ impl<B: Backend> RankThread<B> {
             Ok(Passed::Last(output)) => drop(self.results.send((id, Ok(Ended::Here(output))))),
             Err(error) => drop(self.results.send((id, Err(error)))),
         }
-    }
-
-    /// The time of all vision units so far, for another process, which cannot ask this one's devices.
-    fn vision_time(&self, envelope: &Envelope<B>) -> Result<Duration, RankError> {
-        envelope.vision.iter().try_fold(envelope.vision_time, |time, span| {
-            let backend = self.backends[span.rank].as_ref().unwrap_or(&self.backend);
-            Ok(time + span.time(backend, self.device)?)
-        })
     }
 
     fn run_stages(&mut self, envelope: Envelope<B>) -> Result<Passed<B>, RankError> {
@@ -450,11 +435,11 @@ impl<B: Backend> RankThread<B> {
             drop(span);
             let StageOutput { crossing, sampled, logits, captured: taps, vision } = output;
             captured.extend(taps);
-            spans.extend(vision.map(|moments| VisionSpan { rank: self.index, moments }));
+            spans.extend(vision.map(|moments| VisionSpan { device, backend: Arc::clone(&self.backend), moments }));
             let Some(next) = routes.get(stage + 1) else {
-                let rank = self.index;
-                let vision = spans;
-                return Ok(Passed::Last(LastOutput { rank, stage, sampled, logits, captured, vision, vision_time }));
+                let (backend, vision) = (Arc::clone(&self.backend), spans);
+                let output = LastOutput { device, backend, stage, sampled, logits, captured, vision, vision_time };
+                return Ok(Passed::Last(output));
             };
             stage += 1;
             input = crossing;

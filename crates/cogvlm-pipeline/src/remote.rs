@@ -6,7 +6,6 @@
 //!
 //! [`Ranks::serve`]: crate::Ranks::serve
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -18,7 +17,7 @@ use cogvlm_core::{DType, Unit};
 use cogvlm_model::{Captured, Crossing, Step};
 use serde::{Deserialize, Serialize};
 
-use crate::ranks::{Doors, Ended, Envelope, Message, Portal, RankError, StepId, StepResult};
+use crate::ranks::{Doors, Ended, Envelope, Message, Portal, RankError, Route, StepId, StepResult};
 
 /// Codes of control messages.
 const RESULT: u16 = 1;
@@ -70,6 +69,7 @@ impl Processes {
         let Self { shared } = self;
         let control = &shared.control;
         let (rank, size) = (control.rank(), control.size());
+        let routes = Arc::clone(&doors.routes);
         let mut threads = Vec::new();
         let mut start = |name: String, work: Box<dyn FnOnce() + Send>| {
             threads.push(std::thread::Builder::new().name(name).spawn(work)?);
@@ -85,7 +85,7 @@ impl Processes {
         } else {
             start("control".to_owned(), Box::new(move || others.await_end()))?;
         }
-        let portal: Arc<dyn Portal<B>> = Arc::new(Gate { shared: Arc::clone(&shared) });
+        let portal: Arc<dyn Portal<B>> = Arc::new(Gate { shared: Arc::clone(&shared), routes });
         Ok((Remote { shared, threads }, portal))
     }
 }
@@ -145,6 +145,7 @@ impl Drop for Remote {
 /// The way out.
 struct Gate {
     shared: Arc<Shared>,
+    routes: Arc<Vec<Route>>,
 }
 
 /// What is known of a step on its way, but for pixels and rows, which follow it in this order.
@@ -176,11 +177,9 @@ enum RowsKind {
 }
 
 impl<B: Portable> Portal<B> for Gate {
-    fn send(
-        &self, backend: Option<&B>, process: usize, needs_pixels: bool, envelope: Envelope<B>, vision_time: Duration,
-    ) -> Result<(), RankError> {
-        let Envelope { id, step, stage, input, captured, .. } = envelope;
-        let step = Arc::try_unwrap(step).unwrap_or_else(|shared| copy_of(&shared));
+    fn send(&self, backend: Option<&B>, process: usize, envelope: Envelope<B>) -> Result<(), RankError> {
+        let Envelope { id, step, stage, input, captured, vision_time, .. } = envelope;
+        let step = Arc::unwrap_or_clone(step);
         let rows = match (input, backend) {
             (Some(input), Some(backend)) => {
                 let (kind, parcel) = match input {
@@ -194,7 +193,8 @@ impl<B: Portable> Portal<B> for Gate {
             _ => None,
         };
         let pixels: Vec<Arc<[f32]>> = step.images.iter().map(|image| Arc::clone(&image.pixels)).collect();
-        let pixels = if needs_pixels { pixels } else { Vec::new() };
+        let mut units = self.routes[stage..].iter().flat_map(|route| &route.units);
+        let pixels = if units.any(|unit| *unit == Unit::PatchEmbedding) { pixels } else { Vec::new() };
         let letter = Letter {
             id,
             stage,
@@ -220,22 +220,6 @@ impl<B: Portable> Portal<B> for Gate {
         let _alone = sending[process].lock().unwrap_or_else(PoisonError::into_inner);
         wire.send(process, LENGTHS, &lengths)?;
         Ok(wire.send(process, ENVELOPE, &bytes)?)
-    }
-}
-
-/// A step that others of this process still look at.
-fn copy_of(step: &Step) -> Step {
-    let images = step
-        .images
-        .iter()
-        .map(|image| cogvlm_model::StepImage { pixels: Arc::clone(&image.pixels), first_row: image.first_row });
-    Step {
-        batch: step.batch.clone(),
-        images: images.collect(),
-        samples: step.samples.clone(),
-        continues: step.continues,
-        want_logits: step.want_logits,
-        capture: step.capture,
     }
 }
 
@@ -327,9 +311,4 @@ fn deliver<B: Portable>(bytes: &[u8], letter_bytes: usize, doors: &Doors<B>) -> 
     };
     let envelope = Envelope::arrived(id, step, stage, input, captured, vision_time);
     doors.inboxes[rank].send(Message::Run(envelope)).map_err(|_| "its rank has stopped".to_owned())
-}
-
-/// Whether any of the units reads pixels.
-pub(crate) fn reads_pixels(routes: &[crate::ranks::Route], stages: Range<usize>) -> bool {
-    routes[stages].iter().any(|route| route.units.contains(&Unit::PatchEmbedding))
 }

@@ -57,10 +57,5 @@ pub(crate) fn fail(processes: Option<&Processes>, error: CliError) -> CliError {
 }
 
 fn cluster_error(error: ClusterError) -> CliError {
-    let hint = error.hint();
-    let error = CliError::new(error);
-    match hint {
-        Some(hint) => error.hint(hint),
-        None => error,
-    }
+    CliError::with_hint(&error, error.hint())
 }

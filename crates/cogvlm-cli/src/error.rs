@@ -45,6 +45,15 @@ impl CliError {
         self
     }
 
+    /// An error of a library, with what to do where it says so.
+    pub(crate) fn with_hint(message: impl Display, hint: Option<impl Display>) -> Self {
+        let error = Self::new(message);
+        match hint {
+            Some(hint) => error.hint(hint),
+            None => error,
+        }
+    }
+
     /// What happened, without the hint.
     pub(crate) fn message(&self) -> &str {
         &self.message

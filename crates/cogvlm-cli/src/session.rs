@@ -153,12 +153,7 @@ fn thread_pool(num_threads: Option<usize>) -> CliResult<Arc<rayon::ThreadPool>> 
 
 /// A plan that cannot be made, with what would make it fit.
 pub(crate) fn plan_error(error: PlanError) -> CliError {
-    let hint = error.hint();
-    let error = CliError::new(error);
-    match hint {
-        Some(hint) => error.hint(hint),
-        None => error,
-    }
+    CliError::with_hint(&error, error.hint())
 }
 
 /// A plan that cannot be loaded, with what to do where that is known.

@@ -237,6 +237,18 @@ impl Gpu {
         self.check(unsafe { cu::cuMemsetD8Async(address, 0, bytes, self.stream) })
     }
 
+    /// Lets `count` words be `value`, in the order of the compute stream.
+    ///
+    /// # Safety
+    /// That many words from `address` on are allocated on this device.
+    pub(crate) unsafe fn fill_words(
+        &self, address: CUdeviceptr, value: u32, count: usize,
+    ) -> Result<(), BackendError> {
+        self.bind()?;
+        // SAFETY: the caller vouches for the range.
+        self.check(unsafe { cu::cuMemsetD32Async(address, value, count, self.stream) })
+    }
+
     /// Copies within the device, in the order of the compute stream.
     ///
     /// # Safety

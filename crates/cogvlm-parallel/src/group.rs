@@ -114,12 +114,14 @@ impl<B: Shardable> TensorParallel<B> {
     }
 
     /// Lets slot 0 be the next. That it was used last means that a step broke off half-way: then everybody is waited
-    /// for.
+    /// for, and begins anew.
     fn align_slots(&self) -> Result<(), BackendError> {
         let Some(mut state) = self.state() else { return Ok(()) };
-        if state.slot != 0 {
+        let State { exchanges, slot, .. } = &mut *state;
+        if *slot != 0 {
             self.members.iter().try_for_each(Backend::synchronize)?;
-            state.slot = 0;
+            self.members.iter().zip(exchanges).try_for_each(|(member, exchange)| member.reset_exchange(exchange))?;
+            *slot = 0;
         }
         Ok(())
     }

@@ -12,8 +12,8 @@ use crate::product::{Finish, Product, ProductWeights};
 use crate::weight::CudaWeight;
 
 pub(crate) fn linear_partial(
-    cuda: &CudaBackend, x: &CudaBuffer, weights: ExpertWeights<'_, CudaWeight>, ranges: &[ExpertRange],
-    slot: usize, exchange: &mut CudaExchange,
+    cuda: &CudaBackend, x: &CudaBuffer, weights: ExpertWeights<'_, CudaWeight>, ranges: &[ExpertRange], slot: usize,
+    exchange: &mut CudaExchange,
 ) -> Result<(), BackendError> {
     const OP: &str = "linear_partial";
     let sums = exchange.sums(slot);

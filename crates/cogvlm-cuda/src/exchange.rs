@@ -28,7 +28,7 @@ const EPOCHS: usize = MAX_BLOCKS * MAX_MEMBERS;
 const BROKEN: usize = EPOCHS + MAX_BLOCKS;
 const NUMBERS: usize = BROKEN + 1;
 /// How long a member waits for another.
-pub(crate) const PATIENCE_S: u64 = 10;
+pub(crate) const PATIENCE_S: u64 = 4;
 
 /// One member's side of what GPUs exchange their sums through.
 pub struct CudaExchange {

@@ -12,9 +12,9 @@ use crate::links::{CardRates, Links};
 use crate::own::sizes::{Group, IMAGE_PROMPT_TEXT_TOKENS, Member, Sizes};
 use crate::plan::{DeviceBudget, DevicePlan, LinkPlan, Plan, PlanRequest, Policy, Residency, STAGING_SLOTS};
 
-/// Predicted time for cards to add up the sums of a decode step, beside what they read for it: two flags and a row over
-/// NVLink. What two H200 took for a token beyond their reads and launches, 2.68 ms at a context of 1,300, over 64.
-const EXCHANGE_S: f64 = 9e-6;
+/// Predicted time for cards to add up the sums of a decode step, beside what they read for it. What two H200 took for a
+/// token beyond their reads and launches, 2.52 ms at a context of 1,300, over 64.
+const EXCHANGE_S: f64 = 7e-6;
 
 /// Places the model of `request` on the first `num_members` cards of its budgets, which compute every layer together;
 /// the vision tower runs on the first of them. Other devices are not used, and the request's policy is not asked.
@@ -58,8 +58,13 @@ pub(crate) fn plan_reserving(request: &PlanRequest, members: &[Device], reserve_
     let room = |device: &Device| budget_of(*device).map_or(0, |budget| budget.bytes.saturating_sub(reserve_bytes));
     let residency = residency(&sizes, &of_members, &members.iter().map(room).collect::<Vec<_>>(), &request.budgets);
     let placement = Placement { executes_on: vec![members[0]; sizes.units.len()], residency };
+    // The first member's part of a group is the largest.
+    let is_streamed =
+        |group: &&Group| group.tensors.iter().any(|&tensor| placement.residency[tensor] != Residency::Device);
+    let streamed = of_members[0].groups.iter().filter(is_streamed);
+    let slot_bytes = streamed.map(|group| group.staged_bytes).max().unwrap_or(0);
     let device = |budget: &DeviceBudget| match members.iter().position(|member| *member == budget.device) {
-        Some(member) => member_plan(&of_members[member], &placement.residency, budget, reserve_bytes),
+        Some(member) => member_plan(&of_members[member], &placement.residency, slot_bytes, budget, reserve_bytes),
         None => beside(&sizes, &placement.residency, budget),
     };
     let mut devices: Vec<DevicePlan> = request.budgets.iter().map(device).collect();
@@ -88,33 +93,47 @@ pub(crate) fn plan_reserving(request: &PlanRequest, members: &[Device], reserve_
     })
 }
 
-/// Where every tensor rests: on the members, as far as each has `room` for its part. What is read for every token, the
-/// vision tower and everything small stays; of the vision experts those of the first layers, so that the copies of the
-/// others hide behind computing. These rest in host memory, else in the file, and each member is streamed its part.
+/// Where every tensor rests: on the members, as far as each has `room` for its part. What is read for every token and
+/// everything small stays; of the layers' weights that only images need, those that come first, so that the copies of
+/// the others hide behind computing. These rest in host memory, else in the file, and each member is streamed its part.
 /// Where even that does not fit, everything stays, for others to refuse.
 fn residency(sizes: &Sizes, of_members: &[Sizes], room: &[u64], budgets: &[DeviceBudget]) -> Vec<Residency> {
     let all_resident = vec![Residency::Device; sizes.inventory.len()];
     let (vision, text) = (0..sizes.num_vision, sizes.num_vision..sizes.units.len());
+    let layers = || sizes.vit_layers_in(&vision).chain(sizes.layers_in(&text));
+    let cold = || layers().flat_map(|unit| sizes.cold_of[unit].clone());
     let fixed = |sizes: &Sizes| {
-        let weights = sizes.norm_bytes(&text) + sizes.hot_bytes(&text) + sizes.table_bytes + sizes.cold_bytes(&vision);
-        weights + sizes.kv_bytes(&text) + sizes.workspace_bytes(&vision, &text)
+        let weights = sizes.norm_bytes(&text) + sizes.hot_bytes(&text) + sizes.table_bytes;
+        let vision_ends = sizes.cold_bytes(&vision) - sizes.cold_bytes(&sizes.vit_layers_in(&vision));
+        weights + vision_ends + sizes.kv_bytes(&text) + sizes.workspace_bytes(&vision, &text)
     };
     let left = |(sizes, room): (&Sizes, &u64)| room.checked_sub(fixed(sizes));
     let Some(left) = of_members.iter().zip(room).map(left).collect::<Option<Vec<u64>>>() else { return all_resident };
-    if of_members.iter().zip(&left).all(|(sizes, left)| sizes.cold_bytes(&text) <= *left) {
+    let cold_bytes = |sizes: &Sizes| cold().map(|group| sizes.groups[group].bytes).sum::<u64>();
+    if of_members.iter().zip(&left).all(|(sizes, left)| cold_bytes(sizes) <= *left) {
         return all_resident;
     }
-    let experts = || sizes.layers_in(&text).flat_map(|unit| sizes.cold_of[unit].clone());
-    let after_ring = |(sizes, left): (&Sizes, &u64)| {
-        let slot = experts().map(|group| sizes.groups[group].staged_bytes).max().unwrap_or(0);
-        left.checked_sub(STAGING_SLOTS as u64 * slot)
+    let slot = |groups: &mut dyn Iterator<Item = usize>| {
+        groups.map(|group| of_members[0].groups[group].staged_bytes).max().unwrap_or(0)
     };
-    let left = of_members.iter().zip(&left).map(after_ring).collect::<Option<Vec<u64>>>();
-    let Some(mut left) = left else { return all_resident };
+    // A ring for the vision experts alone, where that is enough.
+    let experts = || sizes.layers_in(&text).flat_map(|unit| sizes.cold_of[unit].clone());
+    let vit_bytes = |sizes: &Sizes| cold_bytes(sizes) - experts().map(|group| sizes.groups[group].bytes).sum::<u64>();
+    let with_ring = |slot: u64, kept: &dyn Fn(&Sizes) -> u64| {
+        let members = of_members.iter().zip(&left);
+        members.map(|(sizes, left)| left.checked_sub(STAGING_SLOTS as u64 * slot + kept(sizes))).collect()
+    };
+    let (candidates, left): (Vec<usize>, Vec<u64>) = match with_ring(slot(&mut experts()), &vit_bytes) {
+        Some(left) => (experts().collect(), left),
+        None => match with_ring(slot(&mut cold()), &|_| 0) {
+            Some(left) => (cold().collect(), left),
+            None => return all_resident,
+        },
+    };
     let bytes_of = |device: Device| budgets.iter().find(|budget| budget.device == device).map(|budget| budget.bytes);
     let (mut host, in_file) = (bytes_of(Device::Cpu).unwrap_or(0), bytes_of(Device::Disk).is_some());
-    let mut residency = all_resident.clone();
-    for index in experts() {
+    let (mut residency, mut left) = (all_resident.clone(), left);
+    for index in candidates {
         let part = |member: usize| of_members[member].groups[index].bytes;
         let rests = if left.iter().enumerate().all(|(member, left)| part(member) <= *left) {
             left.iter_mut().enumerate().for_each(|(member, left)| *left -= part(member));
@@ -132,19 +151,19 @@ fn residency(sizes: &Sizes, of_members: &[Sizes], room: &[u64], budgets: &[Devic
     residency
 }
 
-/// What a member of the group holds; `sizes` are its own.
-fn member_plan(sizes: &Sizes, residency: &[Residency], budget: &DeviceBudget, reserved_bytes: u64) -> DevicePlan {
+/// What a member of the group holds; `sizes` are its own, the ring of all has slots of `slot_bytes`.
+fn member_plan(
+    sizes: &Sizes, residency: &[Residency], slot_bytes: u64, budget: &DeviceBudget, reserved_bytes: u64,
+) -> DevicePlan {
     let (vision, text) = (0..sizes.num_vision, sizes.num_vision..sizes.units.len());
     let resident = residency.iter().enumerate().filter(|(_, rests)| **rests == Residency::Device);
-    let is_streamed = |group: &&Group| group.tensors.iter().any(|&tensor| residency[tensor] != Residency::Device);
-    let slot = sizes.groups.iter().filter(is_streamed).map(|group| group.staged_bytes).max().unwrap_or(0);
     DevicePlan {
         device: budget.device,
         budget_bytes: Some(budget.bytes),
         weight_bytes: resident.map(|(tensor, _)| sizes.tensor_bytes(tensor)).sum(),
         kv_bytes: sizes.kv_bytes(&text),
         workspace_bytes: sizes.workspace_bytes(&vision, &text),
-        staging_bytes: STAGING_SLOTS as u64 * slot,
+        staging_bytes: STAGING_SLOTS as u64 * slot_bytes,
         reserved_bytes,
     }
 }
@@ -215,10 +234,10 @@ fn times(placement: &Placement, sizes: &Sizes, links: &Links, members: &[Device]
     let sequences = sizes.limits.max_sequences as f64;
     let round_s = placement.round_s(sizes, &together, sequences, sizes.limits.context_len as f64);
     let rows = sizes.spec.num_vision_tokens() + IMAGE_PROMPT_TEXT_TOKENS;
-    let decode_s = group_s(sizes, links, members, false, 1);
+    let decode_s = group_s(placement, sizes, links, members, false, 1);
     Times {
         seconds_per_token: times.token_s + decode_s,
-        seconds_per_image: times.image_s + group_s(sizes, links, members, true, rows),
+        seconds_per_image: times.image_s + group_s(placement, sizes, links, members, true, rows),
         tokens_per_second: sequences / (round_s + decode_s),
     }
 }
@@ -241,8 +260,10 @@ pub(crate) fn together(links: &Links, members: &[Device]) -> Links {
 }
 
 /// Seconds of a step of `rows` rows beyond what members together take: adding up sums, and the vision tower, which only
-/// one of them computes.
-pub(crate) fn group_s(sizes: &Sizes, links: &Links, members: &[Device], has_image: bool, rows: usize) -> f64 {
+/// one of them computes and is streamed.
+pub(crate) fn group_s(
+    placement: &Placement, sizes: &Sizes, links: &Links, members: &[Device], has_image: bool, rows: usize,
+) -> f64 {
     let (first, last) = (number(members[0]), number(members[members.len() - 1]));
     if first == last {
         return 0.0;
@@ -251,8 +272,14 @@ pub(crate) fn group_s(sizes: &Sizes, links: &Links, members: &[Device], has_imag
     let exchanges_s = 2.0 * sizes.spec.num_layers as f64 * EXCHANGE_S;
     let rows_s = rows as f64 * sum_bytes(sizes) as f64 * (num_members - 1.0) / links.pair(first, last).bytes_per_s;
     let vision_flops = if has_image { sizes.prefill_flops(&(0..sizes.num_vision)) } else { 0.0 };
-    let vision_s = vision_flops / card_flops_per_s(links, first) * (1.0 - 1.0 / num_members);
-    exchanges_s + rows_s + vision_s
+    let computed_s = vision_flops / card_flops_per_s(links, first);
+    let tower = sizes.inventory.iter().zip(&placement.residency).enumerate();
+    let streamed = tower.filter(|(_, (tensor, rests))| tensor.unit.is_vision() && **rests != Residency::Device);
+    let copied = streamed.map(|(index, (_, rests))| {
+        sizes.tensor_bytes(index) as f64 / links.between(rests.place(members[0]), members[0])
+    });
+    let copied_s: f64 = if has_image { copied.sum() } else { 0.0 };
+    exchanges_s + rows_s + computed_s.max(copied_s) * (1.0 - 1.0 / num_members)
 }
 
 fn notices(request: &PlanRequest, devices: &[DevicePlan], members: &[Device]) -> Vec<String> {
@@ -267,10 +294,8 @@ fn notices(request: &PlanRequest, devices: &[DevicePlan], members: &[Device]) ->
     let streamed = devices.iter().filter(|device| !matches!(device.device, Device::Gpu(_)));
     let streamed: u64 = streamed.map(|device| device.weight_bytes).sum();
     if streamed > 0 {
-        notices.push(format!(
-            "{} of vision experts are streamed for every image, each member its part",
-            format_bytes(streamed)
-        ));
+        let streamed = format_bytes(streamed);
+        notices.push(format!("{streamed} are streamed for every image, to each member its part"));
     }
     let idle = devices.iter().filter(|device| matches!(device.device, Device::Gpu(_)));
     let idle = idle.filter(|device| !members.contains(&device.device));
@@ -311,6 +336,7 @@ mod tests {
     use cogvlm_core::{ModelConfig, Phase};
 
     use super::*;
+    use crate::plan::TensorPlacement;
 
     fn request(model: &str, gib: &[u64], batch: usize) -> PlanRequest {
         let budget =
@@ -381,6 +407,16 @@ mod tests {
         }
         let longer = PlanRequest { links: Links::default(), ..request.clone() };
         assert_eq!(Plan::from_json(&plan.to_json(), &longer.spec).unwrap(), plan);
+        // Where a long cache leaves no room for the vision tower, it is streamed to the first.
+        let crowded = PlanRequest { limits: StepLimits::new(1344, 16), ..request.clone() };
+        let crowded = PlanRequest { budgets: vec![request.budgets[0], request.budgets[1], host(24)], ..crowded };
+        let plan = plan_tensor_parallel(&crowded, 2).unwrap();
+        let streamed = plan.placements.iter().filter(|placement| placement.residency == Residency::Host);
+        let tower = |placement: &TensorPlacement| placement.tensor.unit.is_vision();
+        assert!(streamed.clone().any(tower) && streamed.clone().any(|placement| !tower(placement)));
+        let to = |device| plan.links.iter().find(|link| (link.from, link.to) == (Device::Cpu, device)).unwrap();
+        assert!(to(Device::Gpu(0)).bytes_per_image > to(Device::Gpu(1)).bytes_per_image);
+        assert_eq!(Plan::from_json(&plan.to_json(), &crowded.spec).unwrap(), plan);
         // The file stands in for host memory.
         request.budgets[2] = DeviceBudget { device: Device::Disk, bytes: 0 };
         let plan = plan_tensor_parallel(&request, 2).unwrap();
@@ -391,7 +427,7 @@ mod tests {
             budgets: small
                 .budgets
                 .iter()
-                .map(|budget| DeviceBudget { bytes: budget.bytes.min(15 * GIB), ..*budget })
+                .map(|budget| DeviceBudget { bytes: budget.bytes.min(7 * GIB), ..*budget })
                 .collect(),
             ..small
         };

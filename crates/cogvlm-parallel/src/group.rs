@@ -411,6 +411,10 @@ impl<B: Shardable> Backend for TensorParallel<B> {
         self.first().moment()
     }
 
+    fn has_come(&self, moment: &B::Moment) -> Result<bool, BackendError> {
+        self.first().has_come(moment)
+    }
+
     fn elapsed(&self, from: &B::Moment, to: &B::Moment) -> Result<Duration, BackendError> {
         self.first().elapsed(from, to)
     }

@@ -339,6 +339,11 @@ pub trait Backend: Send + Sync + 'static {
 
     // ── running ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+    /// Does what operations called so far have put off until it is known what follows them.
+    fn settle(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// The moment at which everything called so far is done.
     fn moment(&self) -> Result<Self::Moment, BackendError>;
 

@@ -34,7 +34,8 @@ pub struct RankSpec {
 }
 
 /// Most rows of a step whose operations are recorded. With more of them the operations take longer than their launches,
-/// and every number of rows is a recording of its own.
+/// and every number of rows is a recording of its own. A prompt of no more rows takes about as long as a decode step:
+/// nobody needs to pass it.
 const MAX_RECORDED_ROWS: usize = 16;
 
 /// One device's share of the model.
@@ -47,8 +48,9 @@ pub struct Rank<B: Backend> {
     /// Paged KV cache of each decoder layer executed here.
     pub(crate) kv: HashMap<usize, B::Buffer>,
     pub(crate) lanes: Lanes<B>,
-    /// Whether decode steps stream nothing: the staging ring is a prompt's from its first unit to its last.
-    decodes_are_resident: bool,
+    /// Whether decode steps may pass prompts here: they stream nothing, so that the staging ring is a prompt's from its
+    /// first unit to its last.
+    decodes_may_pass: bool,
 }
 
 /// What a step has for itself while steps of the other kind run between its units. All other memory is shared: operations
@@ -139,17 +141,14 @@ impl<B: Backend> Rank<B> {
         let text = units.iter().filter(|unit| !unit.is_vision());
         let mut used_by_decodes =
             text.flat_map(|unit| groups_in_order_of_use(*unit, |expert| expert == Expert::Language));
-        let decodes_are_resident = used_by_decodes.all(|key| weights.is_resident(key));
-        Ok(Self { backend, spec, rope_mode, weights, workspace, kv, lanes, decodes_are_resident })
+        let decodes_may_pass = limits.decodes_pass_prompts() && used_by_decodes.all(|key| weights.is_resident(key));
+        Ok(Self { backend, spec, rope_mode, weights, workspace, kv, lanes, decodes_may_pass })
     }
 
-    /// Whether decode steps can run between the units of `step` here.
-    fn is_passed_by_decodes(&self, step: &Step) -> bool {
-        step.kind == StepKind::Prefill && step.is_passed && self.lanes.decodes.is_some() && self.decodes_are_resident
-    }
-
-    /// Runs the stage of `units` on what the stage before sent. Where decode steps may pass, `let_pass` is called before
-    /// each unit, and may run their stages.
+    /// Runs the stage of `units` on what the stage before sent. Before each unit of a step that is to be passed `let_pass`
+    /// is called, which may run stages of decode steps, unless these would stream weights. It is called where no decode
+    /// step comes, too: the next rank is to hear of the step when its rows are nearly there, since all that comes after it
+    /// on a device waits for them.
     ///
     /// # Errors
     /// Where the device fails, or a weight cannot be read any more. The rank can be used again afterwards.
@@ -187,12 +186,21 @@ impl<B: Backend> Rank<B> {
         Ok(output)
     }
 
+    /// Whether others may run between the units of a step.
+    fn is_cut(&self, step: &Step) -> bool {
+        self.decodes_may_pass && step.kind == StepKind::Prefill && step.batch.num_rows() > MAX_RECORDED_ROWS
+    }
+
     fn run_units(
         &mut self, units: &[Unit], step: &Step, captured: &mut Vec<Captured>, let_pass: LetPass<'_, B>,
     ) -> Result<(), BackendError> {
         for unit in units {
-            if self.is_passed_by_decodes(step) {
-                let_pass(self)?;
+            if self.is_cut(step) {
+                // Also where nobody passes: a prompt has the same bits with others and alone.
+                self.backend.settle()?;
+                if step.is_passed {
+                    let_pass(self)?;
+                }
             }
             match *unit {
                 Unit::PatchEmbedding => self.patch_embedding(step)?,

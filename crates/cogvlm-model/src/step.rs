@@ -21,7 +21,8 @@ pub enum StepKind {
 pub struct Step {
     /// Its kind. Decode steps may run between the units of a prompt, and never the other way round.
     pub kind: StepKind,
-    /// Of a prompt: other sequences are running, whose decode steps are to pass it.
+    /// Of a prompt: other sequences are running, whose decode steps are to pass it. Ranks have memory for that where
+    /// [`StepLimits::decodes_pass_prompts`](cogvlm_core::workspace::StepLimits::decodes_pass_prompts).
     pub is_passed: bool,
     /// Its rows and sequences.
     pub batch: Batch,

@@ -101,18 +101,6 @@ impl<B: Shardable> TensorParallel<B> {
         self.group.as_ref().map(|group| group.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Adds up what is still to be added up.
-    fn settle(&self) -> Result<(), BackendError> {
-        let Some(mut state) = self.state() else { return Ok(()) };
-        let State { exchanges, pending, .. } = &mut *state;
-        let Some(Pending { residual, slot, rows }) = pending.take() else { return Ok(()) };
-        let mut residual = residual.lock();
-        for (index, (member, exchange)) in self.members.iter().zip(exchanges).enumerate() {
-            member.add_partials(exchange, slot, rows, residual.output("linear_residual", index)?, None)?;
-        }
-        Ok(())
-    }
-
     /// Lets slot 0 be the next. That it was used last means that a step broke off half-way: then everybody is waited
     /// for, and begins anew.
     fn align_slots(&self) -> Result<(), BackendError> {
@@ -404,6 +392,18 @@ impl<B: Shardable> Backend for TensorParallel<B> {
         self.settle()?;
         self.align_slots()?;
         self.members.iter().zip(tables).try_for_each(|(member, tables)| member.set_batch(tables, batch))
+    }
+
+    /// Adds up what is still to be added up.
+    fn settle(&self) -> Result<(), BackendError> {
+        let Some(mut state) = self.state() else { return Ok(()) };
+        let State { exchanges, pending, .. } = &mut *state;
+        let Some(Pending { residual, slot, rows }) = pending.take() else { return Ok(()) };
+        let mut residual = residual.lock();
+        for (index, (member, exchange)) in self.members.iter().zip(exchanges).enumerate() {
+            member.add_partials(exchange, slot, rows, residual.output("linear_residual", index)?, None)?;
+        }
+        Ok(())
     }
 
     fn moment(&self) -> Result<B::Moment, BackendError> {

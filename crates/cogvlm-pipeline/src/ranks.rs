@@ -173,7 +173,8 @@ pub struct Ranks<B: Backend> {
     threads: Vec<(Device, JoinHandle<()>)>,
     /// The other processes of the run, if any; ends after the threads.
     remote: Option<Remote>,
-    /// The only rank, if there is just one: it runs on the caller's thread, which waking another would only delay.
+    /// The only rank, if there is just one and nobody to pass anybody: it runs on the caller's thread, which waking
+    /// another would only delay.
     alone: Option<Mutex<(RankThread<B>, Rank<B>)>>,
     next_id: u64,
 }

@@ -246,9 +246,8 @@ fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs, seq
             num_begun += num_tokens;
         }
         for request in tokens {
-            match last_tokens.insert(request, (now, num_begun < sequences)) {
-                Some((before, true)) => run.gaps.push(now - before),
-                _ => {}
+            if let Some((before, true)) = last_tokens.insert(request, (now, num_begun < sequences)) {
+                run.gaps.push(now - before);
             }
         }
         match report.kind {

@@ -470,12 +470,13 @@ impl<B: Backend> RankThread<B> {
     /// units behind the host.
     fn let_pass(&mut self, rank: &mut Rank<B>, turns: &mut Turns<B>) -> Result<(), BackendError> {
         let backend = Arc::clone(&self.backend);
-        let before = turns.between_units.replace(backend.moment()?);
+        let (before, now) = (turns.between_units.take(), backend.moment()?);
         loop {
             self.waiting.collect();
-            let has_come = before.as_ref().map_or(Ok(true), |before| backend.has_come(before))?;
-            if let Some(before) = before.as_ref().filter(|_| has_come) {
-                turns.tell(&*backend, before)?;
+            let latest = if backend.has_come(&now)? { Some(&now) } else { before.as_ref() };
+            let is_there = latest.map_or(Ok(true), |latest| backend.has_come(latest))?;
+            if let Some(latest) = latest.filter(|_| is_there) {
+                turns.tell(&*backend, latest)?;
             }
             if turns.passed.is_none()
                 && let Some(first) = self.waiting.take_decode()
@@ -489,7 +490,8 @@ impl<B: Backend> RankThread<B> {
                 turns.between_units = Some(backend.moment()?);
                 return Ok(());
             }
-            if has_come {
+            if is_there {
+                turns.between_units = Some(now);
                 return Ok(());
             }
             self.waiting.wait(PATIENCE);

@@ -186,9 +186,9 @@ fn decode_steps_pass_a_long_prompt() {
                 turn(&mut engine, &mut heard);
             }
             watched.delay(Duration::ZERO);
-            // The first may wait for two units, each of the others for as many more.
+            // One before every unit, but for those whose token was late. Else it would be one before the prompt, or two.
             let passed = heard[&running].len() - 3;
-            assert!(passed >= num_units / 3, "{passed} tokens during a prompt of {num_units} units");
+            assert!(passed >= num_units / 2, "{passed} tokens during a prompt of {num_units} units");
             while !engine.is_idle() {
                 turn(&mut engine, &mut heard);
             }

@@ -227,7 +227,6 @@ fn prompts_in_the_middle_change_no_bit() {
         }
         let plan = plan(&request_for(&made, budgets, *policy)).unwrap_or_else(|error| panic!("{name}: {error}"));
         let num_during = expect_same_bits_beside_prompts(&mut engine(&made, &plan), &made, name);
-        eprintln!("{name}: {num_during} tokens during three prompts with an image");
         // One token of the text, and the image's, would come of each anyway.
         assert!(num_during > 6, "{name}: the text got {num_during} tokens during three prompts");
     }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use cogvlm_backend::shape::unsupported;
 use cogvlm_backend::{
-    Activation, Backend, BackendError, Batch, BufferRole, ExpertWeights, FollowingNorm, HeadGeometry, HostRows,
-    HostWeight, MemoryUse, PatchGeometry, PatchWeights, Portable, RopeMode, SampleRequest, Shardable, StagedSource,
+    Activation, Backend, BackendError, Batch, BufferRole, ExpertWeights, FollowingNorm, HeadGeometry, HostWeight,
+    MemoryUse, PatchGeometry, PatchWeights, RopeMode, SampleRequest, Shardable, StagedSource,
 };
 use cogvlm_core::sharing::{NUM_EXCHANGES, Sharing, attended_columns, check_even, exchange_shape};
 use cogvlm_core::tokens::ExpertRange;
@@ -86,7 +86,7 @@ impl<B: Shardable> TensorParallel<B> {
         &self.members
     }
 
-    fn first(&self) -> &B {
+    pub(crate) fn first(&self) -> &B {
         &self.members[0]
     }
 
@@ -694,18 +694,5 @@ impl<B: Shardable> Backend for TensorParallel<B> {
             self.members[index].copy_weight_rows(weight, destination.output(OP, index)?, first_row)?;
         }
         Ok(())
-    }
-}
-
-/// Rows leave and enter a group once: every member has the same.
-impl<B: Shardable + Portable> Portable for TensorParallel<B> {
-    fn pack(&self, parcel: Self::Parcel) -> Result<HostRows, BackendError> {
-        self.settle()?;
-        let first = parcel.into_iter().next();
-        first.map_or_else(|| Err(unsupported("pack", "rows of no device")), |parcel| self.first().pack(parcel))
-    }
-
-    fn unpack(&self, rows: HostRows) -> Result<Self::Parcel, BackendError> {
-        self.members.iter().map(|member| member.unpack(rows.clone())).collect()
     }
 }

@@ -244,12 +244,10 @@ impl<B: Backend> Engine<B> {
 
     /// Sequences whose prompts can be computed now.
     fn admitted(&mut self) -> Option<Vec<usize>> {
-        let first = self.running.len();
-        let num_prompts = self.num_under_way(StepKind::Prefill);
-        let most = if first == 0 { self.ranks.most_under_way() } else { self.ranks.most_prompts_passed() };
-        if num_prompts >= most {
+        if self.num_under_way(StepKind::Prefill) >= self.ranks.most_under_way() {
             return None;
         }
+        let first = self.running.len();
         self.running.extend(admit(&mut self.waiting, first, &self.limits));
         (self.running.len() > first).then(|| (first..self.running.len()).collect())
     }

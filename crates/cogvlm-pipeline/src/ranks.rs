@@ -251,19 +251,14 @@ impl<B: Backend> Ranks<B> {
     }
 
     /// Steps of one kind that are worth being under way at a time. No more than that: whoever has to wait for room in an
-    /// outbox is waited for by nobody.
+    /// outbox is waited for by nobody. Up to two ranks never have to; in a longer row, before a rank that is much slower
+    /// than the others, prompts may, and decode steps behind them.
     pub(crate) fn most_under_way(&self) -> usize {
         // A rank that comes twice could wait for one that waits for it, if more steps were under way than parcels fit.
         let mut ranks: Vec<usize> = self.routes.iter().map(|route| route.rank).collect();
         ranks.sort_unstable();
         let comes_twice = ranks.windows(2).any(|pair| pair[0] == pair[1]);
         if comes_twice { PARCELS } else { self.devices.len() + 1 }
-    }
-
-    /// The same of prompts that others run beside: so few that no rank waits for room in an outbox, where decode steps
-    /// would wait with it. The first of them is being computed by the slowest rank, the others fit the outbox before it.
-    pub(crate) fn most_prompts_passed(&self) -> usize {
-        self.most_under_way().min(PARCELS + 1)
     }
 
     /// Whether a step can continue one whose tokens the host does not know yet.

@@ -56,7 +56,7 @@ pub use patch_embed::patch_embed;
 pub use prefill::chunked_prefill;
 pub use qkv_rope_append::qkv_rope_append;
 pub use rms_norm::{rms_norm, rms_norm_logit_rows};
-pub use rows::{copy_rows, send_receive, write_read};
+pub use rows::{copy_rows, moments, send_receive, write_read};
 pub use sample::{embed_sampled, sample};
 pub use weights::{host_failure, staging};
 
@@ -89,7 +89,7 @@ macro_rules! conformance_suite {
     (@list $rule:ident ($($arguments:tt)*)) => {
         $crate::conformance_suite! {
             @$rule ($($arguments)*)
-            alloc out_of_memory write_read copy_rows send_receive staging host_failure
+            alloc out_of_memory write_read copy_rows send_receive moments staging host_failure
             embed copy_weight_rows rms_norm rms_norm_logit_rows linear logits linear_residual gate_up
             qkv_rope_append set_batch attention chunked_prefill sample embed_sampled
             patch_embed image_attention layer_norm_residual layer_norm_gelu

@@ -339,8 +339,16 @@ pub trait Backend: Send + Sync + 'static {
 
     // ── running ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+    /// Does what operations called so far have put off until it is known what follows them.
+    fn settle(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// The moment at which everything called so far is done.
     fn moment(&self) -> Result<Self::Moment, BackendError>;
+
+    /// Whether a moment has come. Waits for nothing.
+    fn has_come(&self, moment: &Self::Moment) -> Result<bool, BackendError>;
 
     /// The time between two moments, once both have come.
     fn elapsed(&self, from: &Self::Moment, to: &Self::Moment) -> Result<Duration, BackendError>;

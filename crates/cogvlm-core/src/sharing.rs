@@ -8,7 +8,9 @@
 use crate::dtype::DType;
 use crate::inventory::{TensorSpec, Unit, WeightGroup};
 use crate::spec::ModelSpec;
-use crate::workspace::{BufferKind, PARCEL_ALIGN, StepLimits, kv_bytes_per_layer, outbox_bytes, workspace_buffers};
+use crate::workspace::{
+    BufferKind, PARCEL_ALIGN, StepLimits, decode_outbox_bytes, kv_bytes_per_layer, outbox_bytes, workspace_buffers,
+};
 
 /// Who of several devices has what of a weight or a buffer. Where it is cut, each device has an equal part, the first
 /// device the first one.
@@ -64,7 +66,9 @@ impl BufferKind {
     /// How devices that compute together share the buffer.
     pub fn sharing(self) -> Sharing {
         match self {
-            Self::Hidden | Self::Normed | Self::RopeTable | Self::HeadInput | Self::Logits => Sharing::Replicated,
+            Self::Hidden | Self::DecodeHidden | Self::Normed | Self::RopeTable | Self::HeadInput | Self::Logits => {
+                Sharing::Replicated
+            }
             Self::Query | Self::MlpInner => Sharing::Columns,
             Self::Pixels
             | Self::VitHidden
@@ -127,10 +131,11 @@ pub fn relay_bytes(spec: &ModelSpec, limits: &StepLimits, activations: DType) ->
 pub fn member_workspace_bytes(
     spec: &ModelSpec, units: &[Unit], limits: &StepLimits, activations: DType, member: usize, num_members: usize,
 ) -> u64 {
-    let kinds = workspace_buffers(units);
+    let kinds = workspace_buffers(units, limits);
     let shared = |kind: &BufferKind| kind.sharing().bytes(kind.bytes(spec, limits, activations), member, num_members);
     let buffers: u64 = kinds.iter().map(shared).sum();
-    let outbox = outbox_bytes(&kinds, spec, limits, activations);
+    let outbox =
+        outbox_bytes(&kinds, spec, limits, activations) + decode_outbox_bytes(&kinds, spec, limits, activations);
     if num_members == 1 {
         return buffers + outbox;
     }
@@ -176,10 +181,12 @@ mod tests {
 
     #[test]
     fn one_device_alone_needs_what_it_needs() {
-        let (spec, limits) = (spec(), StepLimits::new(2048, 1));
+        let spec = spec();
         let units = Unit::execution_order(&spec);
-        let alone = member_workspace_bytes(&spec, &units, &limits, DType::Bf16, 0, 1);
-        assert_eq!(alone, workspace_bytes(&spec, &units, &limits, DType::Bf16));
+        for limits in [StepLimits::new(2048, 1), StepLimits::new(2048, 4).among(2)] {
+            let alone = member_workspace_bytes(&spec, &units, &limits, DType::Bf16, 0, 1);
+            assert_eq!(alone, workspace_bytes(&spec, &units, &limits, DType::Bf16));
+        }
     }
 
     #[test]

@@ -45,6 +45,18 @@ impl StepLimits {
         Self { parcels: if num_ranks > 1 { PARCELS } else { 0 }, ..self }
     }
 
+    /// Whether decode steps may run between the units of a prompt: then they have memory of their own for what they leave
+    /// behind from unit to unit.
+    pub fn decodes_pass_prompts(&self) -> bool {
+        self.max_sequences > 1
+    }
+
+    /// Limits of decode steps alone: a row of every sequence, and no image.
+    #[must_use]
+    pub fn of_decodes(self) -> Self {
+        Self { max_tokens: self.max_sequences, max_images: 0, ..self }
+    }
+
     /// KV blocks that hold `max_sequences` sequences of `context_len` tokens.
     pub fn num_kv_blocks(&self) -> usize {
         self.max_sequences * self.context_len.div_ceil(BLOCK_LEN)
@@ -56,6 +68,9 @@ impl StepLimits {
 pub enum BufferKind {
     /// Decoder hidden states, the residual: `[max_tokens, hidden_size]`.
     Hidden,
+    /// The same of decode steps, where these may run between the units of a prompt: `[max_sequences, hidden_size]`. They
+    /// share all other buffers with the prompt, which leaves nothing in them from unit to unit.
+    DecodeHidden,
     /// Input of a projection, and output of the attention: `[max_tokens, hidden_size]`.
     Normed,
     /// Rotated queries: `[max_tokens, num_heads * head_dim]`.
@@ -106,7 +121,7 @@ impl BufferKind {
             Self::AdapterHidden => [patches, spec.hidden_size],
             Self::AdapterInner => [patches, spec.intermediate_size],
             Self::VisionFeatures => [images * spec.num_vision_tokens(), spec.hidden_size],
-            Self::HeadInput => [limits.max_sequences, spec.hidden_size],
+            Self::HeadInput | Self::DecodeHidden => [limits.max_sequences, spec.hidden_size],
             Self::Logits => [limits.max_sequences, spec.vocab_size],
         }
     }
@@ -123,11 +138,11 @@ impl BufferKind {
     }
 }
 
-/// The buffers that a rank executing `units` needs, each once, in a fixed order.
-pub fn workspace_buffers(units: &[Unit]) -> Vec<BufferKind> {
+/// The buffers that a rank executing `units` needs for steps of up to `limits`, each once, in a fixed order.
+pub fn workspace_buffers(units: &[Unit], limits: &StepLimits) -> Vec<BufferKind> {
     use BufferKind::{
-        AdapterHidden, AdapterInner, HeadInput, Hidden, Logits, MlpInner, Normed, Pixels, Query, RopeTable,
-        VisionFeatures, VitAttention, VitBranch, VitHidden, VitInner, VitQkv,
+        AdapterHidden, AdapterInner, DecodeHidden, HeadInput, Hidden, Logits, MlpInner, Normed, Pixels, Query,
+        RopeTable, VisionFeatures, VitAttention, VitBranch, VitHidden, VitInner, VitQkv,
     };
     let needed = |unit: &Unit| -> &'static [BufferKind] {
         match unit {
@@ -145,14 +160,17 @@ pub fn workspace_buffers(units: &[Unit]) -> Vec<BufferKind> {
             kinds.push(*kind);
         }
     }
+    if limits.decodes_pass_prompts() && kinds.contains(&Hidden) {
+        kinds.push(DecodeHidden);
+    }
     kinds
 }
 
-/// Bytes of all workspace buffers of a rank executing `units`, and of its outbox.
+/// Bytes of all workspace buffers of a rank executing `units`, and of its outboxes.
 pub fn workspace_bytes(spec: &ModelSpec, units: &[Unit], limits: &StepLimits, activations: DType) -> u64 {
-    let kinds = workspace_buffers(units);
+    let kinds = workspace_buffers(units, limits);
     let buffers: u64 = kinds.iter().map(|kind| kind.bytes(spec, limits, activations)).sum();
-    buffers + outbox_bytes(&kinds, spec, limits, activations)
+    buffers + outbox_bytes(&kinds, spec, limits, activations) + decode_outbox_bytes(&kinds, spec, limits, activations)
 }
 
 /// Bytes for rows on their way to other ranks, of a rank with the buffers `kinds`: any of those that can cross.
@@ -161,6 +179,13 @@ pub fn outbox_bytes(kinds: &[BufferKind], spec: &ModelSpec, limits: &StepLimits,
     let crossing = kinds.iter().filter(|kind| matches!(kind, VitHidden | VisionFeatures | Hidden));
     let largest = crossing.map(|kind| kind.bytes(spec, limits, activations)).max().unwrap_or(0);
     limits.parcels as u64 * largest.next_multiple_of(PARCEL_ALIGN)
+}
+
+/// The same for decode steps that may pass prompts: they never wait for room behind one.
+pub fn decode_outbox_bytes(kinds: &[BufferKind], spec: &ModelSpec, limits: &StepLimits, activations: DType) -> u64 {
+    let crosses = kinds.contains(&BufferKind::DecodeHidden);
+    let rows = if crosses { BufferKind::DecodeHidden.bytes(spec, limits, activations) } else { 0 };
+    limits.parcels as u64 * rows.next_multiple_of(PARCEL_ALIGN)
 }
 
 /// Parcels begin at multiples of this many bytes.
@@ -187,10 +212,30 @@ mod tests {
     #[test]
     fn buffers_are_listed_once() {
         let spec = ModelConfig::built_in("tiny").unwrap().resolve().unwrap();
-        let kinds = workspace_buffers(&Unit::execution_order(&spec));
-        for (index, kind) in kinds.iter().enumerate() {
-            assert!(!kinds[..index].contains(kind), "{kind:?} stands twice");
+        for (max_sequences, num_kinds) in [(1, 16), (2, 17)] {
+            let kinds = workspace_buffers(&Unit::execution_order(&spec), &StepLimits::new(64, max_sequences));
+            for (index, kind) in kinds.iter().enumerate() {
+                assert!(!kinds[..index].contains(kind), "{kind:?} stands twice");
+            }
+            assert_eq!(kinds.len(), num_kinds);
         }
-        assert_eq!(kinds.len(), 16);
+    }
+
+    #[test]
+    fn decode_steps_have_rows_of_their_own_where_they_may_pass_prompts() {
+        let spec = ModelConfig::built_in("cogvlm-chat-17b").unwrap().resolve().unwrap();
+        let layers: Vec<Unit> = (0..4).map(Unit::DecoderLayer).collect();
+        let bytes = |limits: StepLimits| workspace_bytes(&spec, &layers, &limits, DType::Bf16);
+        let row = 2 * spec.hidden_size as u64;
+        for sequences in [2, 7] {
+            let limits = StepLimits::new(2048, sequences);
+            let alone = StepLimits { max_sequences: 1, ..limits };
+            assert_eq!(bytes(limits), bytes(alone) + sequences as u64 * row);
+            let (limits, alone) = (limits.among(2), alone.among(2));
+            assert_eq!(bytes(limits), bytes(alone) + (1 + PARCELS) as u64 * sequences as u64 * row);
+        }
+        let vision = [Unit::PatchEmbedding, Unit::VitLayer(0)];
+        let limits = StepLimits::new(2048, 2);
+        assert!(!workspace_buffers(&vision, &limits).contains(&BufferKind::DecodeHidden), "no decode step comes here");
     }
 }

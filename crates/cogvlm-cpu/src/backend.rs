@@ -87,6 +87,11 @@ impl Backend for CpuBackend {
         Ok(Instant::now())
     }
 
+    /// Operations are done when they return.
+    fn has_come(&self, _moment: &Instant) -> Result<bool, BackendError> {
+        Ok(true)
+    }
+
     fn elapsed(&self, from: &Instant, to: &Instant) -> Result<Duration, BackendError> {
         Ok(to.duration_since(*from))
     }

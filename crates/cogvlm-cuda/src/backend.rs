@@ -211,6 +211,10 @@ impl Backend for CudaBackend {
         Ok(event)
     }
 
+    fn has_come(&self, moment: &Event) -> Result<bool, BackendError> {
+        moment.has_come()
+    }
+
     fn elapsed(&self, from: &Event, to: &Event) -> Result<Duration, BackendError> {
         from.wait()?;
         to.wait()?;

@@ -140,6 +140,10 @@ impl Backend for AnyBackend {
         Ok(make!(self.moment()))
     }
 
+    fn has_come(&self, moment: &Moment) -> Result<bool, BackendError> {
+        delegate!(self.has_come(moment))
+    }
+
     fn elapsed(&self, from: &Moment, to: &Moment) -> Result<Duration, BackendError> {
         delegate!(self.elapsed(from, to))
     }

@@ -97,6 +97,13 @@ fn answers(engine: &mut Engine<Group>, requests: Vec<Request>) -> (Vec<Vec<u32>>
     (tokens, all_logits)
 }
 
+/// The same, one after the other: how many sequences are decoded together may change the last bits of long contexts.
+fn answers_alone(engine: &mut Engine<Group>, requests: Vec<Request>) -> (Vec<Vec<u32>>, Vec<Vec<Vec<f32>>>) {
+    let alone = requests.into_iter().map(|request| answers(engine, vec![request]));
+    let (tokens, logits): (Vec<_>, Vec<_>) = alone.unzip();
+    (tokens.concat(), logits.concat())
+}
+
 /// Root mean square of the difference, relative to that of `expected`.
 fn difference(found: &[f32], expected: &[f32]) -> f64 {
     let error: f64 = found.iter().zip(expected).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
@@ -131,14 +138,14 @@ fn compare_streamed(model: &str, activations: DType, num_gpus: Option<u32>) {
     let request = request_for(&made, 2, activations);
     let mut resident = engine(&made, &plan_tensor_parallel(&request, 2).unwrap(), num_gpus);
     let tokens = answers(&mut resident, requests(&made, 8, None)).0;
-    let expected = answers(&mut resident, requests(&made, 8, Some(&tokens)));
+    let expected = answers_alone(&mut resident, requests(&made, 8, Some(&tokens)));
     drop(resident);
     for (source, from) in [(&made, Device::Cpu), (&files, Device::Cpu), (&files, Device::Disk)] {
         let plan = streaming(&request, from);
         let mut streamed = engine(source, &plan, num_gpus);
         let name = format!("{model}, {activations}, streamed from {from}");
         for turn in 0..2 {
-            let found = answers(&mut streamed, requests(source, 8, Some(&tokens)));
+            let found = answers_alone(&mut streamed, requests(source, 8, Some(&tokens)));
             assert!(found == expected, "{name}, turn {turn}: other bits");
             assert!(answers(&mut streamed, requests(source, 8, None)).0 == tokens, "{name}, turn {turn}");
         }
@@ -173,11 +180,49 @@ fn compare(model: &str, activations: DType, bound: f64, longest: usize, num_gpus
     }
 }
 
+/// A text at length, and images with a word of answer each, which come while it is answered: every step of the text has
+/// one row, whoever else is there.
+fn compare_beside_prompts(model: &str, activations: DType, num_gpus: Option<u32>) {
+    let source = ModelSource::open(model).unwrap();
+    let together = plan_tensor_parallel(&request_for(&source, 2, activations), 2).unwrap();
+    let mut engine = engine(&source, &together, num_gpus);
+    let wanted = || {
+        let [first, text, second, _] = <[Request; 4]>::try_from(requests(&source, 60, None)).unwrap();
+        let image = |request: Request| Request { max_new_tokens: 1, ..request };
+        let all = [text, image(first), image(second)];
+        all.map(|request| Request { want_logits: true, ..request })
+    };
+    let (tokens, logits) = answers_alone(&mut engine, wanted().into());
+    for num_between in [2, 9] {
+        let (mut order, mut found) = (Vec::new(), vec![(Vec::new(), Vec::new()); 3]);
+        let mut requests = wanted().into_iter();
+        while !(engine.is_idle() && order.len() == found.len()) {
+            if found[0].0.len() >= num_between * order.len()
+                && let Some(request) = requests.next()
+            {
+                order.push(engine.submit(request).unwrap());
+            }
+            let report = engine.step().unwrap_or_else(|error| panic!("{error}")).expect("the first goes on");
+            for event in report.events {
+                if let Event::Token { request, id, logits } = event {
+                    let index = order.iter().position(|known| *known == request).unwrap();
+                    found[index].0.push(id);
+                    found[index].1.extend(logits);
+                }
+            }
+        }
+        let found: (Vec<Vec<u32>>, Vec<Vec<Vec<f32>>>) = found.into_iter().unzip();
+        assert_eq!(found.0, tokens, "{model}, {activations}: other tokens");
+        assert!(found.1 == logits, "{model}, {activations}: other bits beside prompts");
+    }
+}
+
 #[test]
 fn virtual_ranks_answer_together() {
     compare("tiny@11", DType::F32, 2e-5, 30, None);
     compare("small@12", DType::Bf16, 3e-2, 8, None);
     compare_streamed("tiny@11", DType::F32, None);
+    compare_beside_prompts("tiny@11", DType::F32, None);
 }
 
 #[test]
@@ -188,4 +233,6 @@ fn gpus_answer_together() {
     compare("small@12", DType::Bf16, 3e-2, 1200, Some(num_gpus));
     compare_streamed("tiny@11", DType::F32, Some(num_gpus));
     compare_streamed("small@12", DType::Bf16, Some(num_gpus));
+    compare_beside_prompts("tiny@11", DType::F32, Some(num_gpus));
+    compare_beside_prompts("small@12", DType::Bf16, Some(num_gpus));
 }

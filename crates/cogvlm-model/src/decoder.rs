@@ -8,14 +8,15 @@ use crate::rank::Rank;
 use crate::step::{StageOutput, Step};
 
 impl<B: Backend> Rank<B> {
-    /// Looks up the rows' embeddings and writes the images' vision tokens over theirs: `Hidden`.
+    /// Looks up the rows' embeddings and writes the images' vision tokens over theirs: the residual of the step's lane.
     pub(crate) fn embedding(&mut self, step: &Step) -> Result<(), BackendError> {
         let num_vision_tokens = self.spec.num_vision_tokens();
         let taken = self.weights.take(&self.backend, (Unit::Embedding, WeightGroup::Whole))?;
         {
             let [table] = taken.exactly();
-            let [hidden] = self.workspace.buffers([BufferKind::Hidden]);
-            match self.sampled.as_ref().filter(|_| step.continues) {
+            let lane = self.lanes.of(step.kind);
+            let [hidden] = self.workspace.buffers([lane.hidden]);
+            match lane.sampled.as_ref().filter(|_| step.continues) {
                 Some(sampled) => self.backend.embed_sampled(table, sampled, hidden)?,
                 None if step.continues => {
                     let reason = "the step continues one that chose its tokens elsewhere, or not at all".to_owned();
@@ -26,7 +27,8 @@ impl<B: Backend> Rank<B> {
         }
         self.weights.give_back(&self.backend, taken)?;
         if !step.images.is_empty() {
-            let [features, hidden] = self.workspace.buffers([BufferKind::VisionFeatures, BufferKind::Hidden]);
+            let kinds = [BufferKind::VisionFeatures, self.lanes.of(step.kind).hidden];
+            let [features, hidden] = self.workspace.buffers(kinds);
             for (index, image) in step.images.iter().enumerate() {
                 let first = index * num_vision_tokens;
                 self.backend.copy_rows(features, first..first + num_vision_tokens, hidden, image.first_row)?;
@@ -35,7 +37,7 @@ impl<B: Backend> Rank<B> {
         Ok(())
     }
 
-    /// One decoder layer on the residual in `Hidden`: attention, then MLP, each row with its expert's weights.
+    /// One decoder layer on the residual: attention, then MLP, each row with its expert's weights.
     pub(crate) fn decoder_layer(&mut self, layer: usize, step: &Step) -> Result<(), BackendError> {
         let (unit, backend) = (Unit::DecoderLayer(layer), self.backend.clone());
         let (rows, eps, mode) = (step.batch.num_rows(), self.spec.rms_norm_eps, self.rope_mode);
@@ -46,8 +48,9 @@ impl<B: Backend> Rank<B> {
         let norms = self.weights.take(&backend, (unit, WeightGroup::Norms))?;
         let [input_norm, post_norm] = norms.exactly();
         let kv = self.kv.get_mut(&layer).expect("a KV cache is allocated for every decoder layer of the rank");
+        let lane = self.lanes.of(step.kind);
         let [hidden, normed, query, inner, rope] = self.workspace.buffers([
-            BufferKind::Hidden,
+            lane.hidden,
             BufferKind::Normed,
             BufferKind::Query,
             BufferKind::MlpInner,
@@ -56,9 +59,9 @@ impl<B: Backend> Rank<B> {
 
         backend.rms_norm(hidden, input_norm, eps, rows, normed)?;
         let qkv = self.weights.take_pair(&backend, unit, WeightGroup::Qkv, uses)?;
-        backend.qkv_rope_append(normed, qkv.nth(0), ranges, heads, rope, mode, &self.tables, query, kv)?;
+        backend.qkv_rope_append(normed, qkv.nth(0), ranges, heads, rope, mode, &lane.tables, query, kv)?;
         self.weights.give_back_pair(&backend, qkv)?;
-        backend.attention(query, kv, heads, &self.tables, normed)?;
+        backend.attention(query, kv, heads, &lane.tables, normed)?;
         let dense = self.weights.take_pair(&backend, unit, WeightGroup::Dense, uses)?;
         backend.linear_residual(normed, dense.nth(0), ranges, hidden)?;
         self.weights.give_back_pair(&backend, dense)?;
@@ -76,10 +79,11 @@ impl<B: Backend> Rank<B> {
     pub(crate) fn head(&mut self, step: &Step) -> Result<(), BackendError> {
         let backend = self.backend.clone();
         let norms = self.weights.take(&backend, (Unit::Head, WeightGroup::Norms))?;
+        let lane = self.lanes.of(step.kind);
         let [hidden, head_input, logits] =
-            self.workspace.buffers([BufferKind::Hidden, BufferKind::HeadInput, BufferKind::Logits]);
+            self.workspace.buffers([lane.hidden, BufferKind::HeadInput, BufferKind::Logits]);
         let [norm] = norms.exactly();
-        backend.rms_norm_logit_rows(hidden, norm, self.spec.rms_norm_eps, &self.tables, head_input)?;
+        backend.rms_norm_logit_rows(hidden, norm, self.spec.rms_norm_eps, &lane.tables, head_input)?;
         let taken = self.weights.take(&backend, (Unit::Head, WeightGroup::Whole))?;
         let [weight] = taken.exactly();
         backend.logits(head_input, weight, step.batch.logit_rows.len(), logits)?;
@@ -95,7 +99,7 @@ impl<B: Backend> Rank<B> {
             .map(|spec| SampleRequest { params: &spec.params, seen: &spec.seen, index: spec.index })
             .collect();
         let sampled = self.backend.sample(logits, &requests)?;
-        self.sampled = Some(sampled.clone());
+        self.lanes.of_mut(step.kind).sampled = Some(sampled.clone());
         output.sampled = Some(sampled);
         if step.want_logits {
             let rows = 0..step.batch.logit_rows.len();

@@ -6,9 +6,24 @@ use cogvlm_backend::{Backend, Batch, SamplingParams};
 use cogvlm_core::Expert;
 use serde::{Deserialize, Serialize};
 
+/// What kind of step it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum StepKind {
+    /// Prompts are computed.
+    #[default]
+    Prefill,
+    /// One token of running sequences is computed: of all, or of a group of them.
+    Decode,
+}
+
 /// What one step computes. Shared by all stages.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Step {
+    /// Its kind. Decode steps may run between the units of a prompt, and never the other way round.
+    pub kind: StepKind,
+    /// Of a prompt: other sequences are running, whose decode steps are to pass it. Ranks have memory for that where
+    /// [`StepLimits::decodes_pass_prompts`](cogvlm_core::workspace::StepLimits::decodes_pass_prompts).
+    pub is_passed: bool,
     /// Its rows and sequences.
     pub batch: Batch,
     /// Images whose vision tokens are among the rows.
@@ -95,7 +110,8 @@ impl Step {
     /// nothing but what tables say.
     pub(crate) fn is_plain_decode(&self) -> bool {
         let Batch { sequences, logit_rows, expert_ranges, .. } = &self.batch;
-        self.images.is_empty()
+        self.kind == StepKind::Decode
+            && self.images.is_empty()
             && !self.capture
             && sequences.iter().all(|sequence| sequence.rows.len() == 1)
             && logit_rows.len() == self.batch.num_rows()
@@ -120,7 +136,7 @@ mod tests {
             sequences: vec![sequence(0), sequence(rows)],
             logit_rows: vec![rows - 1, 2 * rows - 1],
         };
-        Step { batch, ..Step::default() }
+        Step { kind: StepKind::Decode, batch, ..Step::default() }
     }
 
     #[test]
@@ -129,6 +145,7 @@ mod tests {
         assert!(!step(2, Expert::Language).is_plain_decode());
         assert!(!step(1, Expert::Vision).is_plain_decode());
         assert!(!Step { capture: true, ..step(1, Expert::Language) }.is_plain_decode());
+        assert!(!Step { kind: StepKind::Prefill, ..step(1, Expert::Language) }.is_plain_decode());
         let image = StepImage { pixels: [].into(), first_row: 1 };
         assert!(!Step { images: vec![image], ..step(1, Expert::Language) }.is_plain_decode());
         let mut mixed = step(1, Expert::Language);

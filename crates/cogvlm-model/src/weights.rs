@@ -109,10 +109,17 @@ impl<B: Backend> Weights<B> {
         matches!(self.groups.get(&key), Some(GroupSource::Resident(_)))
     }
 
-    /// Begins a stage that will use `keys` in this order: the first streamed ones are copied from now on.
+    /// Begins a stage that will use `keys` in this order: the first streamed ones are copied from now on. A stage that
+    /// streams nothing leaves the ring to whoever has it.
     pub(crate) fn begin(&mut self, backend: &B, keys: impl Iterator<Item = GroupKey>) -> Result<(), BackendError> {
         let groups = &self.groups;
         let Some(ring) = &mut self.ring else { return Ok(()) };
+        let upcoming: VecDeque<GroupKey> =
+            keys.filter(|key| matches!(groups.get(key), Some(GroupSource::Streamed(_)))).collect();
+        // Between the units of a prompt the ring is the prompt's.
+        if upcoming.is_empty() {
+            return Ok(());
+        }
         // A stage that failed half-way leaves copies behind: wait for them, so that their slots are free again.
         while let Some((_, slot)) = ring.in_flight.pop_front() {
             // Whether those copies succeeded no longer matters.
@@ -121,7 +128,7 @@ impl<B: Backend> Weights<B> {
         // So are those of weights that it had taken and, failing, did not give back: nobody holds them any more.
         ring.free.clear();
         ring.free.extend(0..ring.num_slots);
-        ring.upcoming = keys.filter(|key| matches!(groups.get(key), Some(GroupSource::Streamed(_)))).collect();
+        ring.upcoming = upcoming;
         for key in ring.upcoming.iter().take(READ_AHEAD_GROUPS) {
             read_ahead(groups, *key);
         }

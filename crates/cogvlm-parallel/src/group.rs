@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use cogvlm_backend::shape::unsupported;
 use cogvlm_backend::{
-    Activation, Backend, BackendError, Batch, BufferRole, ExpertWeights, FollowingNorm, HeadGeometry, HostRows,
-    HostWeight, MemoryUse, PatchGeometry, PatchWeights, Portable, RopeMode, SampleRequest, Shardable, StagedSource,
+    Activation, Backend, BackendError, Batch, BufferRole, ExpertWeights, FollowingNorm, HeadGeometry, HostWeight,
+    MemoryUse, PatchGeometry, PatchWeights, RopeMode, SampleRequest, Shardable, StagedSource,
 };
 use cogvlm_core::sharing::{NUM_EXCHANGES, Sharing, attended_columns, check_even, exchange_shape};
 use cogvlm_core::tokens::ExpertRange;
@@ -86,7 +86,7 @@ impl<B: Shardable> TensorParallel<B> {
         &self.members
     }
 
-    fn first(&self) -> &B {
+    pub(crate) fn first(&self) -> &B {
         &self.members[0]
     }
 
@@ -99,18 +99,6 @@ impl<B: Shardable> TensorParallel<B> {
 
     fn state(&self) -> Option<MutexGuard<'_, State<B>>> {
         self.group.as_ref().map(|group| group.state.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Adds up what is still to be added up.
-    fn settle(&self) -> Result<(), BackendError> {
-        let Some(mut state) = self.state() else { return Ok(()) };
-        let State { exchanges, pending, .. } = &mut *state;
-        let Some(Pending { residual, slot, rows }) = pending.take() else { return Ok(()) };
-        let mut residual = residual.lock();
-        for (index, (member, exchange)) in self.members.iter().zip(exchanges).enumerate() {
-            member.add_partials(exchange, slot, rows, residual.output("linear_residual", index)?, None)?;
-        }
-        Ok(())
     }
 
     /// Lets slot 0 be the next. That it was used last means that a step broke off half-way: then everybody is waited
@@ -406,9 +394,25 @@ impl<B: Shardable> Backend for TensorParallel<B> {
         self.members.iter().zip(tables).try_for_each(|(member, tables)| member.set_batch(tables, batch))
     }
 
+    /// Adds up what is still to be added up.
+    fn settle(&self) -> Result<(), BackendError> {
+        let Some(mut state) = self.state() else { return Ok(()) };
+        let State { exchanges, pending, .. } = &mut *state;
+        let Some(Pending { residual, slot, rows }) = pending.take() else { return Ok(()) };
+        let mut residual = residual.lock();
+        for (index, (member, exchange)) in self.members.iter().zip(exchanges).enumerate() {
+            member.add_partials(exchange, slot, rows, residual.output("linear_residual", index)?, None)?;
+        }
+        Ok(())
+    }
+
     fn moment(&self) -> Result<B::Moment, BackendError> {
         self.settle()?;
         self.first().moment()
+    }
+
+    fn has_come(&self, moment: &B::Moment) -> Result<bool, BackendError> {
+        self.first().has_come(moment)
     }
 
     fn elapsed(&self, from: &B::Moment, to: &B::Moment) -> Result<Duration, BackendError> {
@@ -690,18 +694,5 @@ impl<B: Shardable> Backend for TensorParallel<B> {
             self.members[index].copy_weight_rows(weight, destination.output(OP, index)?, first_row)?;
         }
         Ok(())
-    }
-}
-
-/// Rows leave and enter a group once: every member has the same.
-impl<B: Shardable + Portable> Portable for TensorParallel<B> {
-    fn pack(&self, parcel: Self::Parcel) -> Result<HostRows, BackendError> {
-        self.settle()?;
-        let first = parcel.into_iter().next();
-        first.map_or_else(|| Err(unsupported("pack", "rows of no device")), |parcel| self.first().pack(parcel))
-    }
-
-    fn unpack(&self, rows: HostRows) -> Result<Self::Parcel, BackendError> {
-        self.members.iter().map(|member| member.unpack(rows.clone())).collect()
     }
 }

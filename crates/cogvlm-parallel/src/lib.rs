@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod group;
+mod portable;
 mod shard;
 mod shares;
 

@@ -1,6 +1,7 @@
 //! Devices that compute together answer as one does: the same tokens, logits within what another order of summation may
 //! change, in no more memory than was planned.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use cogvlm_backend::{BackendError, RopeMode, SamplingParams};
@@ -91,6 +92,13 @@ fn answers(engine: &mut Engine<Group>, requests: Vec<Request>) -> (Vec<Vec<u32>>
     (tokens, all_logits)
 }
 
+/// The same, one after the other: whose rows are computed together depends on when they come, and may change last bits.
+fn answers_alone(engine: &mut Engine<Group>, requests: Vec<Request>) -> (Vec<Vec<u32>>, Vec<Vec<f32>>) {
+    let alone = requests.into_iter().map(|request| answers(engine, vec![request]));
+    let (tokens, logits): (Vec<_>, Vec<_>) = alone.unzip();
+    (tokens.concat(), logits.concat())
+}
+
 /// Root mean square of the difference, relative to that of `expected`.
 fn difference(found: &[f32], expected: &[f32]) -> f64 {
     assert_eq!(found.len(), expected.len());
@@ -110,13 +118,13 @@ fn members_answer_as_one_device_does() {
     let source = ModelSource::open("tiny@11").unwrap();
     for (activations, bound) in [(DType::F32, 2e-5), (DType::Bf16, 2e-2)] {
         let alone = plan(&request_for(&source, 1, activations)).unwrap();
-        let expected = answers(&mut engine(&source, &alone, activations), requests(&source, true));
+        let expected = answers_alone(&mut engine(&source, &alone, activations), requests(&source, true));
         for num_members in [1, 2, 4] {
             let request = request_for(&source, num_members as u32, activations);
             let plan = plan_tensor_parallel(&request, num_members).unwrap_or_else(|error| panic!("{error}"));
             let mut engine = engine(&source, &plan, activations);
             let name = format!("{activations}, {num_members} members");
-            let found = answers(&mut engine, forced(&source, &expected.0));
+            let found = answers_alone(&mut engine, forced(&source, &expected.0));
             for (found, expected) in found.1.iter().zip(&expected.1) {
                 let difference = difference(found, expected);
                 assert!(difference <= bound, "{name}: {difference}");
@@ -141,6 +149,49 @@ fn members_answer_as_one_device_does() {
                 let slack = (source.spec().num_layers * source.spec().head_dim) as u64;
                 assert!(memory.peak + slack >= planned.used_bytes(), "{name}: {device} held {memory:?} of {planned:?}");
             }
+        }
+    }
+}
+
+/// A text at length, and images with a word of answer each, which come while it is answered: every step of the text has
+/// one row, whoever else is there.
+#[test]
+fn prompts_in_the_middle_change_no_bit_of_a_group() {
+    let source = ModelSource::open("tiny@11").unwrap();
+    let long = |request: Request| Request { max_new_tokens: 60, ..request };
+    let short = |request: Request| Request { max_new_tokens: 1, ..request };
+    let wanted = || {
+        let [first, text, second, _, third] = <[Request; 5]>::try_from(requests(&source, true)).unwrap();
+        [long(text), short(first), short(second), short(third)]
+    };
+    for (activations, num_members) in [(DType::F32, 2), (DType::F32, 4), (DType::Bf16, 2)] {
+        let plan = plan_tensor_parallel(&request_for(&source, num_members as u32, activations), num_members);
+        let mut engine = engine(&source, &plan.unwrap_or_else(|error| panic!("{error}")), activations);
+        let (tokens, logits) = answers_alone(&mut engine, wanted().into());
+        let mut order = Vec::new();
+        let mut heard: HashMap<RequestId, (Vec<u32>, Vec<f32>)> = HashMap::new();
+        let mut requests = wanted().into_iter();
+        while !(engine.is_idle() && order.len() == tokens.len()) {
+            // One after every fourth token of the first.
+            let num_heard = order.first().map_or(0, |first| heard.get(first).map_or(0, |(ids, _)| ids.len()));
+            if num_heard >= 4 * order.len()
+                && let Some(request) = requests.next()
+            {
+                order.push(engine.submit(request).unwrap());
+            }
+            let report = engine.step().unwrap_or_else(|error| panic!("{error}")).expect("the first goes on");
+            for event in report.events {
+                if let Event::Token { request, id, logits } = event {
+                    let (ids, all_logits) = heard.entry(request).or_default();
+                    ids.push(id);
+                    all_logits.extend(logits.unwrap_or_default());
+                }
+            }
+        }
+        for (index, request) in order.iter().enumerate() {
+            let (ids, all_logits) = &heard[request];
+            let same = *ids == tokens[index] && *all_logits == logits[index];
+            assert!(same, "{activations}, {num_members} members, request {index}: other bits");
         }
     }
 }

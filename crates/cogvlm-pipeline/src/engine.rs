@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use cogvlm_backend::{Backend, MemoryUse};
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{Device, ModelSpec};
-use cogvlm_model::Captured;
+use cogvlm_model::{Captured, StepKind};
 use tracing::debug;
 
 use crate::blocks::BlockPool;
@@ -17,7 +17,8 @@ use crate::scheduler::{Sequence, admit, step_of};
 ///
 /// Several steps are under way at a time. Where several ranks compute text, the running sequences are decoded in as many
 /// groups, so that every rank has work. Where one does, the next step is begun before the tokens of the last one are
-/// known to the host, so that the device never waits for it.
+/// known to the host, so that the device never waits for it. Running sequences go on while prompts are computed: their
+/// steps pass those of the prompts on every rank.
 pub struct Engine<B: Backend> {
     spec: ModelSpec,
     limits: StepLimits,
@@ -31,8 +32,6 @@ pub struct Engine<B: Backend> {
     next_id: u64,
     /// Steps begun so far.
     num_turns: u64,
-    /// Kind of the step that was begun last.
-    last_kind: StepKind,
     /// When a step ended last.
     last_end: Option<Instant>,
 }
@@ -91,15 +90,6 @@ pub enum Event {
     },
 }
 
-/// What kind of step it was.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum StepKind {
-    /// Prompts were computed.
-    Prefill,
-    /// One token of running sequences was computed: of all, or of a group of them.
-    Decode,
-}
-
 /// One turn of the engine.
 #[derive(Debug)]
 pub struct StepReport {
@@ -132,7 +122,6 @@ impl<B: Backend> Engine<B> {
             under_way: Vec::new(),
             next_id: 0,
             num_turns: 0,
-            last_kind: StepKind::Decode,
             last_end: None,
         }
     }
@@ -180,8 +169,8 @@ impl<B: Backend> Engine<B> {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// Begins what can be begun and waits for the step that ends first. `None` when idle. Prompts that fit are prefilled,
-    /// and after each step of prompts the running sequences get a token.
+    /// Begins what can be begun and waits for the step that ends first. `None` when idle. Prompts that fit are prefilled
+    /// while the running sequences get their tokens.
     ///
     /// # Errors
     /// Where a rank fails. The sequences of the step are dropped; others can go on.
@@ -216,11 +205,12 @@ impl<B: Backend> Engine<B> {
 
     /// Begins steps while there is something to compute and somebody to do it.
     fn begin(&mut self) -> Result<(), EngineError> {
-        while self.under_way.len() < self.ranks.most_under_way() {
-            let Some((kind, indices)) = self.next_step() else { break };
+        while let Some((kind, indices)) = self.next_step() {
             let begun = Instant::now();
             let sequences: Vec<&Sequence> = indices.iter().map(|index| &self.running[*index]).collect();
-            let step = step_of(&sequences, &self.spec);
+            let mut step = step_of(&sequences, &self.spec);
+            step.kind = kind;
+            step.is_passed = kind == StepKind::Prefill && self.running.len() > sequences.len();
             let num_rows = step.batch.num_rows();
             let requests: Vec<RequestId> = sequences.iter().map(|sequence| sequence.id).collect();
             let id = self.ranks.submit(step).inspect_err(|_| {
@@ -231,7 +221,6 @@ impl<B: Backend> Engine<B> {
                 self.running[index].num_under_way += 1;
                 self.running[index].last_turn = self.num_turns;
             }
-            self.last_kind = kind;
             self.under_way.push(UnderWay { id, kind, num_rows, requests, begun });
         }
         Ok(())
@@ -239,27 +228,35 @@ impl<B: Backend> Engine<B> {
 
     /// What is to be begun next: its kind, and which of the running sequences.
     fn next_step(&mut self) -> Option<(StepKind, Vec<usize>)> {
-        // After a step of prompts those go on that have waited for it.
-        if self.last_kind == StepKind::Prefill
-            && let Some(group) = self.decode_group()
-        {
+        if let Some(group) = self.decode_group() {
             return Some((StepKind::Decode, group));
+        }
+        if let Some(admitted) = self.admitted() {
+            return Some((StepKind::Prefill, admitted));
+        }
+        self.continued_group().map(|group| (StepKind::Decode, group))
+    }
+
+    /// Steps of a kind that are under way.
+    fn num_under_way(&self, kind: StepKind) -> usize {
+        self.under_way.iter().filter(|step| step.kind == kind).count()
+    }
+
+    /// Sequences whose prompts can be computed now.
+    fn admitted(&mut self) -> Option<Vec<usize>> {
+        if self.num_under_way(StepKind::Prefill) >= self.ranks.most_under_way() {
+            return None;
         }
         let first = self.running.len();
         self.running.extend(admit(&mut self.waiting, first, &self.limits));
-        if self.running.len() > first {
-            return Some((StepKind::Prefill, (first..self.running.len()).collect()));
-        }
-        let group = self.decode_group().or_else(|| self.continued_group())?;
-        Some((StepKind::Decode, group))
+        (self.running.len() > first).then(|| (first..self.running.len()).collect())
     }
 
     /// Sequences that wait for their next token: those that have waited longest, so many that all ranks can be busy with
     /// one group each. Groups of sequences that do not wait yet are left to grow.
     fn decode_group(&self) -> Option<Vec<usize>> {
         let num_groups = self.ranks.num_text_ranks().max(1);
-        let num_decoding = self.under_way.iter().filter(|step| step.kind == StepKind::Decode).count();
-        if num_decoding >= num_groups {
+        if self.num_under_way(StepKind::Decode) >= num_groups.min(self.ranks.most_under_way()) {
             return None;
         }
         let is_waiting = |index: &usize| self.running[*index].num_under_way == 0;

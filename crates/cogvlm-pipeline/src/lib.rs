@@ -12,9 +12,11 @@ mod remote;
 mod request;
 mod scheduler;
 mod source;
+mod turns;
 
 pub use blocks::{BlockLease, BlockPool};
-pub use engine::{Engine, EngineError, Event, StepKind, StepReport};
+pub use cogvlm_model::StepKind;
+pub use engine::{Engine, EngineError, Event, StepReport};
 pub use load::{LoadError, LoadProgress, WeightSource, load_plan};
 pub use ranks::{RankError, Ranks};
 pub use remote::Processes;

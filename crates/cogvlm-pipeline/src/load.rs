@@ -120,7 +120,7 @@ pub fn load_plan<B: Portable>(
         ranks.iter().position(|rank| rank.device == device).expect("plans list every device that executes a stage")
     };
     let stages = plan.stages.iter().map(|stage| (rank_of(stage.device), stage.units.clone())).collect();
-    Ok(Ranks::start(ranks, stages, |doors| processes.map(|processes| processes.open(doors)).transpose())?)
+    Ok(Ranks::start(ranks, stages, &plan.limits, |doors| processes.map(|processes| processes.open(doors)).transpose())?)
 }
 
 /// All ranks of the plan, those of `process` loaded.

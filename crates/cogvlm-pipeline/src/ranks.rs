@@ -10,12 +10,14 @@ use std::time::Duration;
 
 use cogvlm_backend::{Backend, BackendError, MemoryUse};
 use cogvlm_cluster::ClusterError;
+use cogvlm_core::workspace::{PARCELS, StepLimits};
 use cogvlm_core::{Device, Unit};
 use cogvlm_model::{Captured, Crossing, Rank, StageOutput, Step};
 use serde::{Deserialize, Serialize};
 use tracing::debug_span;
 
 use crate::remote::Remote;
+use crate::turns::{PATIENCE, Turns, Waiting};
 
 /// What went wrong on a rank.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +56,7 @@ pub enum RankError {
 
 /// Names a step that is under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct StepId(u64);
+pub(crate) struct StepId(pub(crate) u64);
 
 /// A step that has passed through all stages.
 #[derive(Debug, Serialize, Deserialize)]
@@ -171,21 +173,22 @@ pub struct Ranks<B: Backend> {
     threads: Vec<(Device, JoinHandle<()>)>,
     /// The other processes of the run, if any; ends after the threads.
     remote: Option<Remote>,
-    /// The only rank, if there is just one: it runs on the caller's thread, which waking another would only delay.
-    alone: Option<Mutex<RankThread<B>>>,
+    /// The only rank, if there is just one and nobody to pass anybody: it runs on the caller's thread, which waking
+    /// another would only delay.
+    alone: Option<Mutex<(RankThread<B>, Rank<B>)>>,
     next_id: u64,
 }
 
-/// What a rank's thread works with.
+/// What a rank's thread works with, beside the rank.
 struct RankThread<B: Backend> {
     index: usize,
     device: Device,
-    rank: Rank<B>,
     routes: Arc<Vec<Route>>,
     backend: Arc<B>,
     /// Processes of all ranks, and the ways to them.
     peers: Vec<(usize, Inbox<B>)>,
     results: Sender<Outcome<B>>,
+    waiting: Waiting<B>,
 }
 
 /// A rank of the plan.
@@ -199,7 +202,7 @@ impl<B: Backend> Ranks<B> {
     /// Starts a thread for each rank of this process. `stages` are in order of execution, each with the index of its rank.
     /// `connect` is given what other processes need of this one.
     pub(crate) fn start(
-        ranks: Vec<RankOf<B>>, stages: Vec<(usize, Vec<Unit>)>,
+        ranks: Vec<RankOf<B>>, stages: Vec<(usize, Vec<Unit>)>, limits: &StepLimits,
         connect: impl FnOnce(Doors<B>) -> std::io::Result<Option<(Remote, Arc<dyn Portal<B>>)>>,
     ) -> std::io::Result<Self> {
         let routes: Arc<Vec<Route>> = Arc::new(stages.into_iter().map(|(rank, units)| Route { rank, units }).collect());
@@ -221,19 +224,21 @@ impl<B: Backend> Ranks<B> {
         let inboxes: Vec<Inbox<B>> = ranks.iter().zip(senders).map(|(rank, sender)| way(rank, sender)).collect();
         let processes = ranks.iter().map(|rank| rank.device.process());
         let peers: Vec<(usize, Inbox<B>)> = processes.zip(inboxes.iter().cloned()).collect();
-        let is_alone = ranks.len() == 1 && remote.is_none();
+        // Where decode steps may pass prompts, both have to come from elsewhere.
+        let is_alone = ranks.len() == 1 && remote.is_none() && !limits.decodes_pass_prompts();
         let (devices, threads) = (ranks.iter().map(|rank| rank.device).collect(), Vec::new());
         let mut all = Self { devices, backends, routes, inboxes, results, threads, remote, alone: None, next_id: 0 };
         for (index, (RankOf { device, here }, inbox)) in ranks.into_iter().zip(outlets).enumerate() {
             let Some((backend, rank)) = here else { continue };
             let (routes, peers, results) = (Arc::clone(&all.routes), peers.clone(), result_sender.clone());
-            let thread = RankThread { index, device, rank, routes, backend, peers, results };
+            let waiting = Waiting::new(inbox);
+            let thread = RankThread { index, device, routes, backend, peers, results, waiting };
             if is_alone {
-                all.alone = Some(Mutex::new(thread));
+                all.alone = Some(Mutex::new((thread, rank)));
                 break;
             }
             let name = format!("rank-{device}");
-            all.threads.push((device, std::thread::Builder::new().name(name).spawn(move || thread.run(&inbox))?));
+            all.threads.push((device, std::thread::Builder::new().name(name).spawn(move || thread.run(rank))?));
         }
         Ok(all)
     }
@@ -245,14 +250,15 @@ impl<B: Backend> Ranks<B> {
         ranks.len()
     }
 
-    /// Steps that are worth being under way at a time. No more than that: whoever has to wait for room in an outbox is
-    /// waited for by nobody.
+    /// Steps of one kind that are worth being under way at a time. No more than that: whoever has to wait for room in an
+    /// outbox is waited for by nobody. Up to two ranks never have to; in a longer row, before a rank that is much slower
+    /// than the others, prompts may, and decode steps behind them.
     pub(crate) fn most_under_way(&self) -> usize {
         // A rank that comes twice could wait for one that waits for it, if more steps were under way than parcels fit.
         let mut ranks: Vec<usize> = self.routes.iter().map(|route| route.rank).collect();
         ranks.sort_unstable();
         let comes_twice = ranks.windows(2).any(|pair| pair[0] == pair[1]);
-        if comes_twice { 2 } else { self.devices.len() + 1 }
+        if comes_twice { PARCELS } else { self.devices.len() + 1 }
     }
 
     /// Whether a step can continue one whose tokens the host does not know yet.
@@ -271,7 +277,10 @@ impl<B: Backend> Ranks<B> {
         let stopped = |rank: usize| RankError::Stopped { device: self.devices[rank] };
         match (&self.alone, &self.inboxes[rank]) {
             // A step that panicked may have left anything behind.
-            (Some(alone), _) => alone.lock().map_err(|_| stopped(rank))?.pass(envelope),
+            (Some(alone), _) => {
+                let (thread, rank) = &mut *alone.lock().map_err(|_| stopped(rank))?;
+                thread.pass(rank, envelope);
+            }
             (None, Inbox::Here(inbox)) => inbox.send(Message::Run(envelope)).map_err(|_| stopped(rank))?,
             (None, Inbox::Elsewhere(portal)) => {
                 portal.send(None, self.devices[rank].process(), envelope)?;
@@ -397,16 +406,16 @@ impl<B: Backend> Drop for Ranks<B> {
 }
 
 impl<B: Backend> RankThread<B> {
-    fn run(mut self, inbox: &Receiver<Message<B>>) {
-        while let Ok(Message::Run(envelope)) = inbox.recv() {
-            self.pass(envelope);
+    fn run(mut self, mut rank: Rank<B>) {
+        while let Some(envelope) = self.waiting.next() {
+            self.pass(&mut rank, envelope);
         }
     }
 
     /// Runs this rank's stage of a step, and those after it that are its own too, and hands the step on.
-    fn pass(&mut self, envelope: Envelope<B>) {
+    fn pass(&mut self, rank: &mut Rank<B>, envelope: Envelope<B>) {
         let id = envelope.id;
-        match self.run_stages(envelope) {
+        match self.run_stages(rank, envelope) {
             Ok(Passed::On(rank, envelope)) => match &self.peers[rank] {
                 // The peer is gone only if it panicked, which the engine notices.
                 (_, Inbox::Here(inbox)) => drop(inbox.send(Message::Run(envelope))),
@@ -424,13 +433,15 @@ impl<B: Backend> RankThread<B> {
         }
     }
 
-    fn run_stages(&mut self, envelope: Envelope<B>) -> Result<Passed<B>, RankError> {
+    fn run_stages(&mut self, rank: &mut Rank<B>, envelope: Envelope<B>) -> Result<Passed<B>, RankError> {
         let Envelope { id, step, mut stage, mut input, mut captured, vision: mut spans, vision_time } = envelope;
         let routes = Arc::clone(&self.routes);
+        let mut turns = Turns::default();
         loop {
             let device = self.device;
             let span = debug_span!("stage", stage, %device, rows = step.batch.num_rows()).entered();
-            let output = self.rank.run_stage(&routes[stage].units, &step, input.take());
+            let mut let_pass = |rank: &mut Rank<B>| self.let_pass(rank, &mut turns);
+            let output = rank.run_stage(&routes[stage].units, &step, input.take(), &mut let_pass);
             let output = output.map_err(|source| RankError::Stage { stage, device, source })?;
             drop(span);
             let StageOutput { crossing, sampled, logits, captured: taps, vision } = output;
@@ -447,6 +458,38 @@ impl<B: Backend> RankThread<B> {
                 let envelope = Envelope { id, step, stage, input, captured, vision: spans, vision_time };
                 return Ok(Passed::On(next.rank, envelope));
             }
+        }
+    }
+
+    /// Between two units of a prompt: runs decode steps that wait, when it is their turn, and keeps the device at most two
+    /// units behind the host.
+    fn let_pass(&mut self, rank: &mut Rank<B>, turns: &mut Turns<B>) -> Result<(), BackendError> {
+        let backend = Arc::clone(&self.backend);
+        let (before, now) = (turns.between_units.take(), backend.moment()?);
+        loop {
+            self.waiting.collect();
+            let latest = if backend.has_come(&now)? { Some(&now) } else { before.as_ref() };
+            let is_there = latest.map_or(Ok(true), |latest| backend.has_come(latest))?;
+            if let Some(latest) = latest.filter(|_| is_there) {
+                turns.tell(&*backend, latest)?;
+            }
+            if turns.passed.is_none()
+                && let Some(first) = self.waiting.take_decode()
+            {
+                let begin = backend.moment()?;
+                self.pass(rank, first);
+                while let Some(next) = self.waiting.take_decode() {
+                    self.pass(rank, next);
+                }
+                turns.passed = Some([begin, backend.moment()?]);
+                turns.between_units = Some(backend.moment()?);
+                return Ok(());
+            }
+            if is_there {
+                turns.between_units = Some(now);
+                return Ok(());
+            }
+            self.waiting.wait(PATIENCE);
         }
     }
 }

@@ -98,19 +98,20 @@ fn every_rank_has_a_group() {
 }
 
 #[test]
-fn running_sequences_get_a_token_after_every_step_of_prompts() {
+fn running_sequences_get_a_token_between_prompts() {
     let source = source();
-    let limits = StepLimits { max_tokens: 64, ..StepLimits::new(64, 4) };
-    let mut engine = engine(&source, &one_rank(&source, limits), DType::F32, 1);
+    let mut engine = engine(&source, &one_rank(&source, StepLimits::new(64, 4)), DType::F32, 1);
     for seed in 0..4 {
-        let request = request(&source, &[3, 4], Some(image(&source, seed)), 6);
+        let request = request(&source, &[3, 4], Some(image(&source, seed)), 40);
         engine.submit(Request { want_logits: false, ..request }).unwrap();
     }
     let reports = collect(&mut engine);
-    let kinds: Vec<StepKind> = reports.iter().take(7).map(|report| report.kind).collect();
-    use StepKind::{Decode, Prefill};
-    // One image a step; the second was begun with the first, when there was nothing else to do.
-    assert_eq!(kinds, [Prefill, Prefill, Decode, Prefill, Decode, Prefill, Decode]);
+    let kinds: Vec<StepKind> = reports.iter().map(|report| report.kind).collect();
+    let prompts: Vec<usize> = (0..kinds.len()).filter(|index| kinds[*index] == StepKind::Prefill).collect();
+    // One image a step. Whoever has one token gets the next before the last prompt is computed.
+    assert_eq!(prompts.len(), 4, "{kinds:?}");
+    assert_eq!(prompts[0], 0);
+    assert!(prompts[3] >= 5, "two tokens at least come between the prompts: {kinds:?}");
     let elapsed: f64 = reports.iter().map(|report| report.elapsed.as_secs_f64()).sum();
     assert!(elapsed > 0.0);
     expect_all_free(&engine);

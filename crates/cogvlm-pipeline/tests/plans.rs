@@ -3,17 +3,14 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use cogvlm_backend::{HostReadError, HostTensor, HostWeight};
 use cogvlm_checkpoint::ModelSource;
 use cogvlm_core::workspace::StepLimits;
-use cogvlm_core::{DType, Device, TensorSpec};
-use cogvlm_pipeline::{Event, FinishReason, Image, Request, WeightSource};
+use cogvlm_core::{DType, Device};
+use cogvlm_pipeline::{Event, FinishReason, Image, Request};
 use cogvlm_plan::plan::{Policy, Residency, STAGING_SLOTS};
 
-use common::{MIB, answers, engine, engine_of, image, plan_for, request, source};
+use common::{MIB, Watched, answers, engine, engine_of, image, plan_for, request, source};
 
 fn three_requests(source: &ModelSource) -> Vec<Request> {
     vec![
@@ -74,67 +71,23 @@ fn logits_do_not_depend_on_the_plan() {
     }
 }
 
-/// A source whose weights cannot be read while `fails` says so.
-struct Flaky {
-    source: ModelSource,
-    fails: Arc<AtomicBool>,
-}
-
-struct FlakyTensor {
-    weight: HostWeight,
-    fails: Arc<AtomicBool>,
-}
-
-impl WeightSource for Flaky {
-    fn weight(&self, tensor: &TensorSpec) -> Option<HostWeight> {
-        let weight = self.source.weight(tensor)?;
-        Some(Arc::new(FlakyTensor { weight, fails: Arc::clone(&self.fails) }))
-    }
-}
-
-impl HostTensor for FlakyTensor {
-    fn name(&self) -> &str {
-        self.weight.name()
-    }
-
-    fn dtype(&self) -> DType {
-        self.weight.dtype()
-    }
-
-    fn shape(&self) -> &[usize] {
-        self.weight.shape()
-    }
-
-    fn mapped(&self) -> Option<&[u8]> {
-        None
-    }
-
-    fn read_into(&self, destination: &mut [u8]) -> Result<(), HostReadError> {
-        if self.fails.load(Ordering::Relaxed) {
-            return Err(HostReadError { tensor: self.name().to_owned(), reason: "not now".to_owned() });
-        }
-        self.weight.read_into(destination)
-    }
-}
-
 #[test]
 fn ranks_go_on_when_weights_can_be_read_again() {
     use Device::{Disk, Gpu};
-    let fails = Arc::new(AtomicBool::new(false));
-    let flaky = Flaky { source: source(), fails: Arc::clone(&fails) };
+    let flaky = Watched::new(source());
     let limits = StepLimits::new(64, 3);
     let budgets = [(Gpu(0), 12 * MIB + MIB / 4), (Disk, 0)];
     let plan = plan_for(&flaky.source, &budgets, Policy::Balanced, limits, DType::F32);
     let mut engine = engine_of(&flaky, flaky.source.spec(), &plan, DType::F32, 1);
     let expected = answers(&mut engine, three_requests(&flaky.source));
-    fails.store(true, Ordering::Relaxed);
+    flaky.fail_after(0);
     // More often than there are staging slots.
     for _ in 0..2 * STAGING_SLOTS + 1 {
         engine.submit(request(&flaky.source, &[17, 18], Some(image(&flaky.source, 3)), 2)).unwrap();
         let error = engine.step().expect_err("this plan streams weights for images");
         assert!(error.to_string().contains("not now"), "{error}");
     }
-    fails.store(false, Ordering::Relaxed);
+    flaky.recover();
     assert!(answers(&mut engine, three_requests(&flaky.source)) == expected, "other logits than before");
 }
 

@@ -146,3 +146,21 @@ pub fn send_receive<B: Backend>(make: Make<'_, B>) {
     drop((destination, narrow, source, outbox));
     assert_eq!([sender.memory().in_use, receiver.memory().in_use], [0, 0], "parcels leave nothing behind");
 }
+
+/// Moments come in their order, once what was called before them is done.
+pub fn moments<B: Backend>(make: Make<'_, B>) {
+    let backend = make();
+    let values = Random::new(4).values(backend.activation_dtype(), ROWS * WIDTH, 1.0);
+    let source = buffer(&backend, ROWS, WIDTH, &values);
+    let mut destination = buffer(&backend, ROWS, WIDTH, &values);
+    let before = backend.moment().expect("moments can be had at any time");
+    backend.copy_rows(&source, 0..ROWS, &mut destination, 0).expect("rows fit");
+    let after = backend.moment().expect("moments can be had at any time");
+    // Rows that have come to the host were computed.
+    drop(backend.read(&destination, 0..ROWS));
+    for moment in [&before, &after] {
+        assert!(backend.has_come(moment).expect("anybody may ask"), "a moment has not come though all is done");
+    }
+    let elapsed = backend.elapsed(&before, &after).expect("both have come");
+    assert!(elapsed.as_secs() < 60, "a copy of {ROWS} rows took {elapsed:?}");
+}

@@ -53,6 +53,7 @@ faults! {
     CopyIgnoresFirstRow copy_rows Always
     ReceiveIgnoresFirstRow send_receive Always
     ReceiveTakesAnyWidth send_receive Always
+    MomentsNeverCome moments Always
     // Streaming.
     StagedInReverse staging Always
     SlotKeepsItsFirstGroup staging Always
@@ -228,6 +229,10 @@ impl Backend for FaultyBackend {
 
     fn moment(&self) -> Result<Self::Moment> {
         Ok(std::time::Instant::now())
+    }
+
+    fn has_come(&self, _moment: &Self::Moment) -> Result<bool> {
+        Ok(!self.has(Fault::MomentsNeverCome))
     }
 
     fn elapsed(&self, from: &Self::Moment, to: &Self::Moment) -> Result<std::time::Duration> {

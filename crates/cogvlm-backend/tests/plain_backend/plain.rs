@@ -222,6 +222,10 @@ impl Backend for PlainBackend {
         Ok(std::time::Instant::now())
     }
 
+    fn has_come(&self, _moment: &Self::Moment) -> Result<bool> {
+        Ok(true)
+    }
+
     fn elapsed(&self, from: &Self::Moment, to: &Self::Moment) -> Result<std::time::Duration> {
         Ok(to.duration_since(*from))
     }

@@ -2,12 +2,14 @@
 #![allow(dead_code, reason = "every test target uses some of it")]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
-use cogvlm_backend::{RopeMode, SamplingParams};
+use cogvlm_backend::{HostReadError, HostTensor, HostWeight, RopeMode, SamplingParams};
 use cogvlm_checkpoint::ModelSource;
 use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::workspace::StepLimits;
-use cogvlm_core::{DType, Device, ModelSpec};
+use cogvlm_core::{DType, Device, ModelSpec, TensorSpec};
 use cogvlm_cpu::{CpuBackend, Threads};
 use cogvlm_pipeline::{Engine, Event, Image, Request, RequestId, WeightSource, load_plan};
 use cogvlm_plan::links::Links;
@@ -23,8 +25,14 @@ pub(crate) fn source() -> ModelSource {
 pub(crate) fn plan_for(
     source: &ModelSource, budgets: &[(Device, u64)], policy: Policy, limits: StepLimits, activations: DType,
 ) -> Plan {
+    plan(&plan_request(source, budgets, policy, limits, activations)).unwrap_or_else(|error| panic!("{error}"))
+}
+
+pub(crate) fn plan_request(
+    source: &ModelSource, budgets: &[(Device, u64)], policy: Policy, limits: StepLimits, activations: DType,
+) -> PlanRequest {
     let budgets = budgets.iter().map(|&(device, bytes)| DeviceBudget { device, bytes }).collect();
-    plan(&PlanRequest {
+    PlanRequest {
         model: "tiny@11".to_owned(),
         spec: source.spec().clone(),
         weight_dtype: DType::Bf16,
@@ -34,8 +42,7 @@ pub(crate) fn plan_for(
         limits,
         reserve_bytes: 0,
         links: Links::default(),
-    })
-    .unwrap_or_else(|error| panic!("{error}"))
+    }
 }
 
 pub(crate) fn engine(source: &ModelSource, plan: &Plan, activations: DType, num_threads: usize) -> Engine<CpuBackend> {
@@ -87,4 +94,76 @@ pub(crate) fn answers(engine: &mut Engine<CpuBackend>, requests: Vec<Request>) -
         }
     }
     answers
+}
+
+/// A source whose weights are read slowly, or cannot be read any more, when a test says so.
+pub(crate) struct Watched {
+    pub(crate) source: ModelSource,
+    reads: Arc<Reads>,
+}
+
+struct Reads {
+    delay_us: AtomicU64,
+    /// How many tensors can still be read.
+    left: AtomicUsize,
+}
+
+struct WatchedTensor {
+    weight: HostWeight,
+    reads: Arc<Reads>,
+}
+
+impl Watched {
+    pub(crate) fn new(source: ModelSource) -> Self {
+        let reads = Reads { delay_us: AtomicU64::new(0), left: AtomicUsize::new(usize::MAX) };
+        Self { source, reads: Arc::new(reads) }
+    }
+
+    /// Every tensor takes as long from now on.
+    pub(crate) fn delay(&self, delay: Duration) {
+        self.reads.delay_us.store(delay.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// Only so many tensors can be read from now on.
+    pub(crate) fn fail_after(&self, left: usize) {
+        self.reads.left.store(left, Ordering::Relaxed);
+    }
+
+    pub(crate) fn recover(&self) {
+        self.fail_after(usize::MAX);
+    }
+}
+
+impl WeightSource for Watched {
+    fn weight(&self, tensor: &TensorSpec) -> Option<HostWeight> {
+        let weight = self.source.weight(tensor)?;
+        Some(Arc::new(WatchedTensor { weight, reads: Arc::clone(&self.reads) }))
+    }
+}
+
+impl HostTensor for WatchedTensor {
+    fn name(&self) -> &str {
+        self.weight.name()
+    }
+
+    fn dtype(&self) -> DType {
+        self.weight.dtype()
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.weight.shape()
+    }
+
+    fn mapped(&self) -> Option<&[u8]> {
+        None
+    }
+
+    fn read_into(&self, destination: &mut [u8]) -> Result<(), HostReadError> {
+        std::thread::sleep(Duration::from_micros(self.reads.delay_us.load(Ordering::Relaxed)));
+        let take = |left: usize| Some(if left == usize::MAX { left } else { left.checked_sub(1)? });
+        if self.reads.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
+            return Err(HostReadError { tensor: self.name().to_owned(), reason: "not now".to_owned() });
+        }
+        self.weight.read_into(destination)
+    }
 }

@@ -6,18 +6,18 @@ mod memory;
 mod report;
 mod work;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use cogvlm_backend::SamplingParams;
 use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::{DType, Device, ModelSpec};
-use cogvlm_pipeline::{Event, Image, Request, StepKind, StepReport};
+use cogvlm_pipeline::{Event, Image, Request, RequestId, StepKind, StepReport};
 use cogvlm_plan::links::Links;
 use cogvlm_plan::plan::Plan;
 
 use self::ceilings::Measured;
-use self::report::{Decode, Load, Predicted, Report, median};
+use self::report::{Decode, Gaps, Load, Predicted, Report, median};
 use self::work::Work;
 use crate::args::BenchArgs;
 use crate::error::{CliError, CliResult};
@@ -29,7 +29,10 @@ struct Run {
     /// From the first request to the first token of any.
     first_token: Duration,
     vision: Duration,
+    /// From the first request to the first token of the last, decode steps in between included.
     prefill: Duration,
+    /// Between two tokens of a sequence, where the prompts of others were still to be computed at the first of them.
+    gaps: Vec<Duration>,
     /// Steps after the prompts, while all sequences were running; all steps, where some ended before others began.
     decode: Decoding,
 }
@@ -127,6 +130,7 @@ pub(crate) fn run(args: &BenchArgs) -> CliResult {
         sequences: *sequences,
         step_s: median(runs.iter().map(|run| run.decode.step_seconds(*sequences))),
         prefill_s: median(runs.iter().map(|run| run.prefill.as_secs_f64())),
+        gaps: gaps(runs),
         bytes: work.hot_bytes as f64 + *sequences as f64 * kv_bytes,
     };
     let of_one = |time: fn(&Run) -> Duration| median(measured[0].1.iter().map(|run| time(run).as_secs_f64()));
@@ -152,6 +156,13 @@ pub(crate) fn run(args: &BenchArgs) -> CliResult {
         memory,
     };
     print_line(&if args.json { report.json().to_string() } else { report.text() })
+}
+
+/// `None` where nobody had to wait for the prompts of others.
+fn gaps(runs: &[Run]) -> Option<Gaps> {
+    let all: Vec<f64> = runs.iter().flat_map(|run| &run.gaps).map(Duration::as_secs_f64).collect();
+    let longest: Vec<f64> = runs.iter().filter_map(|run| run.gaps.iter().max()).map(Duration::as_secs_f64).collect();
+    (!all.is_empty()).then(|| Gaps { median_s: median(all.into_iter()), longest_s: median(longest.into_iter()) })
 }
 
 /// Refuses more sequences than memory is planned for.
@@ -218,19 +229,31 @@ fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs, seq
         first_token: Duration::ZERO,
         vision: Duration::ZERO,
         prefill: Duration::ZERO,
+        gaps: Vec::new(),
         decode: Decoding::default(),
     };
     let (mut num_begun, mut any_ended, mut all_steps) = (0, false, Decoding::default());
+    // When each had its last token, and whether prompts were still to be computed then.
+    let mut last_tokens: HashMap<RequestId, (Duration, bool)> = HashMap::new();
     while let Some(report) = session.engine.step()? {
-        if run.first_token.is_zero() && report.events.iter().any(|event| matches!(event, Event::Token { .. })) {
-            run.first_token = start.elapsed();
+        let now = start.elapsed();
+        let tokens: Vec<RequestId> = report.events.iter().filter_map(token_of).collect();
+        let num_tokens = tokens.len();
+        if run.first_token.is_zero() && num_tokens > 0 {
+            run.first_token = now;
         }
-        let num_tokens = report.events.iter().filter(|event| matches!(event, Event::Token { .. })).count();
+        if report.kind == StepKind::Prefill {
+            num_begun += num_tokens;
+        }
+        for request in tokens {
+            if let Some((before, true)) = last_tokens.insert(request, (now, num_begun < sequences)) {
+                run.gaps.push(now - before);
+            }
+        }
         match report.kind {
             StepKind::Prefill => {
                 run.vision += report.vision_time;
-                run.prefill += report.elapsed;
-                num_begun += num_tokens;
+                run.prefill = now;
             }
             StepKind::Decode => {
                 all_steps.add(&report, num_tokens);
@@ -247,9 +270,31 @@ fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs, seq
     Ok(run)
 }
 
+/// Whose token it is that an event tells.
+fn token_of(event: &Event) -> Option<RequestId> {
+    match event {
+        Event::Token { request, .. } => Some(*request),
+        Event::Finished { .. } => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gaps_are_of_all_runs_and_the_longest_of_each() {
+        let run = |gaps: &[u64]| Run {
+            first_token: Duration::ZERO,
+            vision: Duration::ZERO,
+            prefill: Duration::ZERO,
+            gaps: gaps.iter().map(|ms| Duration::from_millis(*ms)).collect(),
+            decode: Decoding::default(),
+        };
+        assert!(gaps(&[run(&[]), run(&[])]).is_none());
+        let Gaps { median_s, longest_s } = gaps(&[run(&[1, 2, 30]), run(&[5, 6]), run(&[7, 50])]).unwrap();
+        assert_eq!((median_s, longest_s), (0.006, 0.03));
+    }
 
     #[test]
     fn one_sequence_comes_first() {

@@ -85,10 +85,34 @@ impl Load {
 pub(super) struct Decode {
     pub(super) sequences: usize,
     pub(super) step_s: f64,
-    /// Of all their prompts, before it.
+    /// From the first request to the first token of the last.
     pub(super) prefill_s: f64,
+    /// Where sequences were running while the prompts of others were computed.
+    pub(super) gaps: Option<Gaps>,
     /// Counted for one step: the weights that a token needs, once, and the KV cache of every sequence.
     pub(super) bytes: f64,
+}
+
+/// Between two tokens of a running sequence, while the prompts of others are computed.
+pub(super) struct Gaps {
+    /// Of all.
+    pub(super) median_s: f64,
+    /// Of the longest of each run.
+    pub(super) longest_s: f64,
+}
+
+impl Gaps {
+    fn json(&self) -> Value {
+        json!({"median_ms": self.median_s * 1e3, "longest_ms": self.longest_s * 1e3})
+    }
+
+    fn text(&self, sequences: usize) -> String {
+        let (median, longest) = (self.median_s * 1e3, self.longest_s * 1e3);
+        format!(
+            "  gaps   {sequences:<3}{median:9.2} ms   {longest:.2} ms at most, from token to token beside the prompts of \
+             others"
+        )
+    }
 }
 
 impl Decode {
@@ -109,6 +133,7 @@ impl Decode {
             "sequences": self.sequences, "ms_per_step": self.step_s * 1e3, "tokens_per_s": self.tokens_per_s(),
             "bytes_per_s": self.bytes_per_s(), "share_of_ceiling": self.share(ceilings),
             "speedup": self.tokens_per_s() / first.tokens_per_s(), "prefill_ms": self.prefill_s * 1e3,
+            "gaps_beside_prompts": self.gaps.as_ref().map(Gaps::json),
         })
     }
 
@@ -261,6 +286,7 @@ impl Report {
         lines.extend(self.decode.iter().zip(&self.predicted.decode_s).map(|(decode, &step_s)| {
             decode.text(&self.decode[0], ceilings) + &self.predicted.beside_decode(decode, step_s)
         }));
+        lines.extend(self.decode.iter().filter_map(|decode| Some(decode.gaps.as_ref()?.text(decode.sequences))));
         lines.extend(ceilings.map(Ceilings::text));
         if !self.predicted.rates.is_empty() {
             lines.push(format!("  predicted above by rates {}", self.predicted.rates));
@@ -332,8 +358,8 @@ mod tests {
             vision_s: 0.02,
             prefill_s: 0.05,
             work: Work { hot_bytes: 0, vision_flops: 6e12, prefill_flops: 15e12 },
-            decode: [(1, 0.010, 15e9), (4, 0.016, 18e9)]
-                .map(|(sequences, step_s, bytes)| Decode { sequences, step_s, prefill_s: 0.05, bytes })
+            decode: [(1, 0.010, 15e9, None), (4, 0.016, 18e9, Some(Gaps { median_s: 0.012, longest_s: 0.034 }))]
+                .map(|(sequences, step_s, bytes, gaps)| Decode { sequences, step_s, prefill_s: 0.05, gaps, bytes })
                 .into(),
             predicted: predicted("assumed", 1),
             predicted_here: Some(Predicted {
@@ -366,6 +392,8 @@ mod tests {
             ("/decode/1/tokens_per_s", 250.0),
             ("/decode/1/speedup", 2.5),
             ("/decode/1/share_of_ceiling", 0.375),
+            ("/decode/1/gaps_beside_prompts/median_ms", 12.0),
+            ("/decode/1/gaps_beside_prompts/longest_ms", 34.0),
             ("/predicted/decode_deviation_percent", 25.0),
             ("/predicted/image_deviation_percent", -50.0),
             ("/predicted/prefill_deviation_percent", -50.0),
@@ -388,6 +416,8 @@ mod tests {
         assert!(line("decode 1").contains("1500.0 GB/s =  50 %   predicted 8.00 ms: +25 %"), "{text}");
         assert!(line("decode 4").contains("250.0 tokens/s x  2.50"), "{text}");
         assert!(line("decode 4").ends_with("predicted 20.00 ms: -20 %"), "{text}");
+        assert!(line("gaps   4").contains("12.00 ms   34.00 ms at most"), "{text}");
+        assert_eq!(text.matches("gaps").count(), 1, "one sequence waits for nobody: {text}");
         assert!(text.contains("\n  predicted above by rates assumed\n  predicted by rates measured:\n"), "{text}");
         let all = "            prefill 40.00 ms: +25 %, decode 1 12.50 ms: -20 %, decode 4 20.00 ms: -20 %";
         assert!(text.ends_with(all), "{text}");

@@ -51,6 +51,7 @@ pub(crate) fn plan_members(request: &PlanRequest, members: &[Device]) -> Result<
     let placement = Placement {
         executes_on: vec![members[0]; sizes.units.len()],
         residency: vec![Residency::Device; sizes.inventory.len()],
+        prefill: None,
     };
     let device = |budget: &DeviceBudget| match members.iter().position(|member| *member == budget.device) {
         Some(member) => member_plan(&sizes, budget, member, num_members, request.reserve_bytes),
@@ -70,6 +71,7 @@ pub(crate) fn plan_members(request: &PlanRequest, members: &[Device]) -> Result<
         activation_dtype: sizes.activation_dtype,
         limits: sizes.limits,
         stages: placement.stages(&sizes),
+        prefill: None,
         placements: placement.tensors(&sizes),
         links: links(&sizes, members),
         notices,

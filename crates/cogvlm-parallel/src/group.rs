@@ -145,7 +145,15 @@ impl<B: Shardable> TensorParallel<B> {
         Ok(HeadGeometry { num_heads: num_heads / count, num_kv_heads: num_kv_heads / count, head_dim })
     }
 
-    fn alloc_shared(
+    /// Refuses what only a device alone does.
+    fn expect_alone(&self, op: &'static str) -> Result<(), BackendError> {
+        match &self.group {
+            None => Ok(()),
+            Some(_) => Err(unsupported(op, "devices that compute together have no memory in common with others")),
+        }
+    }
+
+    fn alloc_parts(
         &self, sharing: Sharing, what: &'static str, dtype: DType, [rows, columns]: [usize; 2],
     ) -> Result<Vec<B::Buffer>, BackendError> {
         let count = self.members.len();
@@ -202,7 +210,7 @@ impl<B: Shardable> Backend for TensorParallel<B> {
     }
 
     fn alloc(&self, what: &'static str, dtype: DType, shape: [usize; 2]) -> Result<SharedBuffer<B>, BackendError> {
-        let parts = self.alloc_shared(Sharing::Replicated, what, dtype, shape)?;
+        let parts = self.alloc_parts(Sharing::Replicated, what, dtype, shape)?;
         Ok(SharedBuffer::new(Sharing::Replicated, parts, Vec::new()))
     }
 
@@ -214,7 +222,7 @@ impl<B: Shardable> Backend for TensorParallel<B> {
             BufferRole::Workspace(kind) => kind.sharing(),
             BufferRole::Kv => Sharing::Columns,
         };
-        let parts = self.alloc_shared(sharing, what, dtype, shape)?;
+        let parts = self.alloc_parts(sharing, what, dtype, shape)?;
         let mut attended = Vec::new();
         if role == BufferRole::Workspace(BufferKind::Normed) {
             let shape = [shape[0], group.attended_columns];
@@ -227,6 +235,21 @@ impl<B: Shardable> Backend for TensorParallel<B> {
             state.relay = Some(self.first().outbox(bytes.next_multiple_of(PARCEL_ALIGN as usize))?);
         }
         Ok(SharedBuffer::new(sharing, parts, attended))
+    }
+
+    fn alloc_shared(
+        &self, what: &'static str, dtype: DType, shape: [usize; 2],
+    ) -> Result<SharedBuffer<B>, BackendError> {
+        self.expect_alone("alloc_shared")?;
+        let buffer = self.first().alloc_shared(what, dtype, shape)?;
+        Ok(SharedBuffer::new(Sharing::Replicated, vec![buffer], Vec::new()))
+    }
+
+    fn share(&self, buffer: &SharedBuffer<B>) -> Result<SharedBuffer<B>, BackendError> {
+        const OP: &str = "share";
+        self.expect_alone(OP)?;
+        let buffer = self.first().share(buffer.lock().input(OP, 0)?)?;
+        Ok(SharedBuffer::new(Sharing::Replicated, vec![buffer], Vec::new()))
     }
 
     fn load(&self, weight: &HostWeight) -> Result<Self::Weight, BackendError> {

@@ -169,6 +169,9 @@ impl<B: Backend> Engine<B> {
         self.waiting.retain(|sequence| sequence.id != id);
         let index = self.running.iter().position(|sequence| sequence.id == id)?;
         let sequence = self.running.remove(index);
+        if sequence.num_under_way > 0 {
+            self.ranks.fence();
+        }
         // The token that was chosen last is not cached, or by a step that is under way: nobody counts on it. Blocks may
         // go to others even while such a step is: what it writes to them comes before what theirs do.
         let num_cached = sequence.num_cached;
@@ -332,6 +335,9 @@ impl<B: Backend> Engine<B> {
             (None, Some(fed)) => sequence.reveal(fed),
             (reason, _) => {
                 let sequence = self.running.remove(index);
+                if sequence.num_under_way > 0 {
+                    self.ranks.fence();
+                }
                 let request = sequence.id;
                 // The token that was chosen last is not among them.
                 let num_cached = sequence.num_known();

@@ -3,18 +3,21 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
+use cogvlm_backend::{HostReadError, HostTensor, HostWeight};
 use cogvlm_checkpoint::ModelSource;
 use cogvlm_core::workspace::StepLimits;
-use cogvlm_core::{DType, Device};
+use cogvlm_core::{DType, Device, TensorSpec, Unit};
 use cogvlm_cpu::CpuBackend;
-use cogvlm_pipeline::{CachedPrefix, Engine, Event, Request};
+use cogvlm_pipeline::{CachedPrefix, Engine, Event, Request, WeightSource};
 use cogvlm_plan::plan::{Plan, Policy, Prefill};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 
-use common::{MIB, answers, engine, image, plan_for, prefilled_plan, request, source};
+use common::{MIB, answers, engine, engine_of, image, plan_for, prefilled_plan, request, source};
 
 const LIMITS: StepLimits = StepLimits { max_tokens: 64, max_sequences: 3, max_images: 1, context_len: 64, parcels: 0 };
 
@@ -26,7 +29,7 @@ fn prefilled_plans(source: &ModelSource, activations: DType) -> Vec<Plan> {
         &[(Gpu(0), 10 * MIB), (Cpu, 64 * MIB)],
         &[(Gpu(0), 10 * MIB + MIB / 4), (Cpu, 64 * MIB)],
         &[(Gpu(0), 2 * MIB), (Gpu(1), 9 * MIB), (Cpu, 64 * MIB)],
-        &[(Gpu(0), 10 * MIB), (Gpu(1), MIB), (Cpu, 64 * MIB)],
+        &[(Gpu(0), 9 * MIB), (Gpu(1), MIB), (Cpu, 64 * MIB)],
     ];
     budgets.into_iter().map(|budgets| prefilled_plan(source, budgets, LIMITS, activations)).collect()
 }
@@ -111,27 +114,74 @@ fn turn_of(engine: &mut Engine<CpuBackend>, request: Request) -> Turn {
     (tokens, prefix)
 }
 
-/// Blocks of a request that was stopped go to one that a card prefills, while the host may still decode the first.
+/// Weights in memory, of which one makes the host wait while `is_slow` says so.
+struct SlowHost {
+    source: ModelSource,
+    is_slow: Arc<AtomicBool>,
+}
+
+struct SlowTensor {
+    weight: HostWeight,
+    bytes: Vec<u8>,
+    is_slow: Option<Arc<AtomicBool>>,
+}
+
+impl WeightSource for SlowHost {
+    fn weight(&self, tensor: &TensorSpec) -> Option<HostWeight> {
+        let weight = self.source.weight(tensor)?;
+        let mut bytes = vec![0; weight.shape().iter().product::<usize>() * weight.dtype().size_bytes()];
+        weight.read_into(&mut bytes).unwrap();
+        // Before the host takes hold of any cache.
+        let is_slow = (tensor.unit == Unit::Embedding).then(|| Arc::clone(&self.is_slow));
+        Some(Arc::new(SlowTensor { weight, bytes, is_slow }))
+    }
+}
+
+impl HostTensor for SlowTensor {
+    fn name(&self) -> &str {
+        self.weight.name()
+    }
+
+    fn dtype(&self) -> DType {
+        self.weight.dtype()
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.weight.shape()
+    }
+
+    fn mapped(&self) -> Option<&[u8]> {
+        let is_host = std::thread::current().name() == Some("rank-cpu");
+        if is_host && self.is_slow.as_ref().is_some_and(|is_slow| is_slow.load(Ordering::Relaxed)) {
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        Some(&self.bytes)
+    }
+
+    fn read_into(&self, destination: &mut [u8]) -> Result<(), HostReadError> {
+        self.weight.read_into(destination)
+    }
+}
+
+/// Blocks of a request that was stopped go to one that a card prefills, while the host still decodes the first.
 #[test]
 fn blocks_that_change_hands_are_written_in_order() {
     let source = source();
-    let plan = from_rows(&prefilled_plans(&source, DType::F32)[0], 1);
-    let mut engine = engine(&source, &plan, DType::F32, 2);
-    let long = |seed: u32| {
-        let text: Vec<u32> = (0..40).map(|index| index * 31 + seed).collect();
-        Request { want_logits: false, ..request(&source, &text, None, 20) }
-    };
-    let fresh: Vec<_> = (0..3).map(|seed| answers(&mut engine, vec![long(seed)])).collect();
-    for turn in 0..20 {
-        let ids: Vec<_> = (0..3).map(|seed| engine.submit(long(seed + 7)).unwrap()).collect();
-        for _ in 0..4 + turn % 3 {
-            engine.step().unwrap();
-        }
-        // Nothing is waited for.
-        ids.into_iter().for_each(|id| assert!(engine.stop(id).is_none()));
-        let found: Vec<_> = answers(&mut engine, (0..3).map(long).collect());
-        assert!(found == fresh.concat(), "turn {turn}");
+    let is_slow = Arc::new(AtomicBool::new(false));
+    let plan = from_rows(&prefilled_plans(&source, DType::F32)[0], 10);
+    let slow_host = SlowHost { source: source.clone(), is_slow: Arc::clone(&is_slow) };
+    let mut engine = engine_of(&slow_host, source.spec(), &plan, DType::F32, 1);
+    let long = || request(&source, &[3; 40], None, 2);
+    let expected = answers(&mut engine, vec![long()]);
+    let short = Request { want_logits: false, ..request(&source, &[17, 18, 19], None, 30) };
+    let id = engine.submit(short).unwrap();
+    is_slow.store(true, Ordering::Relaxed);
+    for _ in 0..3 {
+        engine.step().unwrap();
     }
+    // The host computes its next token already.
+    assert!(engine.stop(id).is_none());
+    assert!(answers(&mut engine, vec![long()]) == expected, "what was stopped wrote to blocks of another");
 }
 
 /// Stages that ranks ran, and the rows of their steps.

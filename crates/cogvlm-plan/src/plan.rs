@@ -89,19 +89,21 @@ impl PlanRequest {
         Sizes::new(&self.spec, self.weight_dtype, self.activation_dtype, limits_on(self.limits, &self.budgets))
     }
 
-    /// What stays free on every card: the reserve, and what the driver keeps to stream as much as may rest off the cards.
+    /// What stays free on every card: the reserve, and what the driver keeps of host memory that it locks, as much as may
+    /// rest off the cards, KV cache of layers that a card prefills for the host included.
     pub(crate) fn card_reserve_bytes(&self, sizes: &Sizes) -> u64 {
         if self.reserve_bytes == 0 {
             return 0;
         }
-        let weight_bytes = sizes.groups.iter().map(|group| group.bytes).sum();
-        let streamed = self.budgets.iter().map(|budget| match budget.device {
+        let weight_bytes: u64 = sizes.groups.iter().map(|group| group.bytes).sum();
+        let most = weight_bytes.saturating_add(sizes.kv_bytes(&(0..sizes.units.len())));
+        let locked = self.budgets.iter().map(|budget| match budget.device {
             Device::Gpu(_) => 0,
-            Device::Cpu => budget.bytes.min(weight_bytes),
+            Device::Cpu => budget.bytes.min(most),
             Device::Disk => weight_bytes,
         });
-        let streamed = streamed.sum::<u64>().min(weight_bytes);
-        let for_pages = streamed.div_ceil(HOST_BYTES_PER_RESERVED_BYTE).next_multiple_of(MIB);
+        let locked = locked.sum::<u64>().min(most);
+        let for_pages = locked.div_ceil(HOST_BYTES_PER_RESERVED_BYTE).next_multiple_of(MIB);
         self.reserve_bytes.saturating_add(for_pages)
     }
 

@@ -96,7 +96,9 @@ impl Placement {
     /// What every device of `budgets` holds, in device order.
     pub(crate) fn devices(&self, sizes: &Sizes, budgets: &[DeviceBudget], reserve_bytes: u64) -> Vec<DevicePlan> {
         let mut weights: BTreeMap<Device, u64> = BTreeMap::new();
+        // Slots of rings, and norms beside them.
         let mut slots: BTreeMap<Device, u64> = BTreeMap::new();
+        let mut norms: BTreeMap<Device, u64> = BTreeMap::new();
         for group in &sizes.groups {
             let on = self.executes_on[group.unit];
             for &tensor in &group.tensors {
@@ -104,7 +106,7 @@ impl Placement {
             }
             let prefilled_on = self.prefills(sizes, group.unit);
             if let Some(card) = prefilled_on.filter(|_| group.group == WeightGroup::Norms) {
-                *weights.entry(card).or_default() += group.bytes;
+                *norms.entry(card).or_default() += group.bytes;
             }
             for on in [Some(on), prefilled_on].into_iter().flatten().filter(|on| self.is_streamed(group, *on)) {
                 let staged: u64 = group.tensors.iter().map(|&tensor| staging_bytes(sizes.tensor_bytes(tensor))).sum();
@@ -112,21 +114,23 @@ impl Placement {
                 *slot = staged.max(*slot);
             }
         }
-        let mut devices: Vec<_> =
-            budgets.iter().map(|budget| self.device(sizes, budget, &weights, &slots, reserve_bytes)).collect();
+        let device = |budget: &DeviceBudget| {
+            let of = |bytes: &BTreeMap<Device, u64>| bytes.get(&budget.device).copied().unwrap_or(0);
+            let staging_bytes = STAGING_SLOTS as u64 * of(&slots) + of(&norms);
+            self.device(sizes, budget, of(&weights), staging_bytes, reserve_bytes)
+        };
+        let mut devices: Vec<_> = budgets.iter().map(device).collect();
         devices.sort_by_key(|plan| plan.device);
         devices
     }
 
     fn device(
-        &self, sizes: &Sizes, budget: &DeviceBudget, weights: &BTreeMap<Device, u64>, slots: &BTreeMap<Device, u64>,
-        reserve_bytes: u64,
+        &self, sizes: &Sizes, budget: &DeviceBudget, weight_bytes: u64, staging_bytes: u64, reserve_bytes: u64,
     ) -> DevicePlan {
         let device = budget.device;
         let units: Vec<Unit> = self.units_on(sizes, device).map(|unit| sizes.units[unit]).collect();
         let executes_layer = |(unit, on): &(&Unit, &Device)| matches!(unit, Unit::DecoderLayer(_)) && **on == device;
         let layers = sizes.units.iter().zip(&self.executes_on).filter(executes_layer).count() as u64;
-        let weight_bytes = weights.get(&device).copied().unwrap_or(0);
         // A card that nothing is asked of is never opened.
         let opened = matches!(device, Device::Gpu(_)) && (weight_bytes > 0 || !units.is_empty());
         DevicePlan {
@@ -135,7 +139,7 @@ impl Placement {
             weight_bytes,
             kv_bytes: layers * sizes.kv_per_layer,
             workspace_bytes: workspace_bytes(&sizes.spec, &units, &sizes.limits, sizes.activation_dtype),
-            staging_bytes: STAGING_SLOTS as u64 * slots.get(&device).copied().unwrap_or(0),
+            staging_bytes,
             reserved_bytes: if opened { reserve_bytes } else { 0 },
         }
     }

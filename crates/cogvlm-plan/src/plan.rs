@@ -238,13 +238,14 @@ pub struct DevicePlan {
     pub device: Device,
     /// What the operator allows. `None` where there is no limit (disk).
     pub budget_bytes: Option<u64>,
-    /// Weights that rest here; for [`Prefill`] also the norms of the layers that are prefilled here.
+    /// Weights that rest here.
     pub weight_bytes: u64,
     /// KV cache of the decoder layers executed here, but for those that are only prefilled here.
     pub kv_bytes: u64,
     /// Activations of the units executed here.
     pub workspace_bytes: u64,
-    /// The staging ring through which weights resting elsewhere are streamed.
+    /// The staging ring through which weights resting elsewhere are streamed, and a copy of the norms of layers that are
+    /// only prefilled here.
     pub staging_bytes: u64,
     /// Set aside for what is not ours to place.
     pub reserved_bytes: u64,

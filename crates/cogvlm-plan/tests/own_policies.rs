@@ -190,7 +190,8 @@ fn prompts_of_the_host_go_to_a_card() {
     let on_host = decoder_layers_on(&by_card, Device::Cpu) as u64;
     let [card, host] = [0, 1].map(|index| by_card.devices[index]);
     assert_eq!([card.kv_bytes, host.kv_bytes], [(32 - on_host) * kv, on_host * kv]);
-    assert_eq!(card.staging_bytes, 2 * LARGEST_MATRIX);
+    let norms = on_host * (2 * 4096 * 2 + 128);
+    assert_eq!(card.staging_bytes, 2 * LARGEST_MATRIX + norms);
     let stages = by_card.prefill_stages().unwrap();
     assert_eq!(stages.len(), 1, "{stages:?}");
     // Nothing is left to a card where the host does nothing, or is faster.

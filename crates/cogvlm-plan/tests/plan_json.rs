@@ -276,7 +276,7 @@ fn what_does_not_hold_is_named() {
         (
             "0:12GiB,cpu:24GiB",
             Box::new(|plan| drop(plan.as_object_mut().unwrap().remove("prefill"))),
-            "`devices.0.weight_bytes`: is ",
+            "`devices.0.staging_bytes`: is ",
         ),
         (
             headline,

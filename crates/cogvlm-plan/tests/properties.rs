@@ -127,7 +127,7 @@ fn check_memory(plan: &Plan, request: &PlanRequest) -> Result<(), TestCaseError>
             Residency::Host => device == Device::Cpu,
             Residency::File => device == Device::Disk,
         };
-        let mut held = 0;
+        let (mut held, mut norms) = (0, 0);
         let mut slots: Vec<(Unit, WeightGroup, u64)> = Vec::new();
         for placement in &plan.placements {
             let tensor = &placement.tensor;
@@ -135,7 +135,7 @@ fn check_memory(plan: &Plan, request: &PlanRequest) -> Result<(), TestCaseError>
             held += if rests(placement.residency, placement.executes_on) { bytes } else { 0 };
             let prefilled = plan.prefills(placement.executes_on, tensor.unit) == Some(device);
             if prefilled && tensor.group == WeightGroup::Norms {
-                held += bytes;
+                norms += bytes;
             }
             let streamed = (placement.executes_on == device || prefilled)
                 && device != Device::Cpu
@@ -158,7 +158,7 @@ fn check_memory(plan: &Plan, request: &PlanRequest) -> Result<(), TestCaseError>
         }
         let layers = own.iter().filter(|unit| matches!(unit, Unit::DecoderLayer(_))).count() as u64;
         let work = workspace_bytes(&request.spec, &plan.executed_on(device), &plan.limits, request.activation_dtype);
-        let staging = STAGING_SLOTS as u64 * slots.iter().map(|(.., slot)| *slot).max().unwrap_or(0);
+        let staging = STAGING_SLOTS as u64 * slots.iter().map(|(.., slot)| *slot).max().unwrap_or(0) + norms;
         let used = held + layers * kv + work + staging;
         let stated = plan.devices.iter().find(|plan| plan.device == device);
         let reserve = stated.map_or(0, |plan| plan.reserved_bytes);

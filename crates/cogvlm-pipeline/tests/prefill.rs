@@ -253,6 +253,9 @@ fn prompts_are_the_cards_and_decoding_is_the_hosts() {
     assert_eq!(run(&of_some, &[7, 8, 9], true), [vec![1; 2], vec![prompt, 1, 1]]);
     assert_eq!(run(&of_some, &[7, 8, 9, 10], false), [vec![1; 2], vec![5, 1, 1]]);
     assert_eq!(run(&of_some, &[7, 8, 9], false), [vec![4, 1, 1], vec![4, 1, 1]], "too short for the card");
+    let [never, always] = [65, 1].map(|rows| from_rows(&of_some, rows));
+    assert_eq!(run(&never, &[7, 8, 9], true), [vec![1; 2], vec![prompt, 1, 1]], "an image, however short");
+    assert_eq!(run(&always, &[7, 8, 9], false), [vec![1; 2], vec![4, 1, 1]], "single rows are the host's");
     // The host has the head; without a stage for text, decoding passes the card by.
     let of_all_text = from_rows(&of_all_text, 5);
     assert_eq!(run(&of_all_text, &[7, 8, 9], true), [vec![prompt, 1, 1], vec![prompt]]);

@@ -15,6 +15,7 @@
 // launch   grid = min(tiles, 2 * multiprocessors), block = 256       wrapper  cogvlm-cuda ops::product_rows
 // oracle   oracle::{expert_linear, linear, gate_up, qkv_rope_append}
 // spills allowed: product_rows_qkv_16 120 8 one value, on a GPU that it is not tuned for
+#include "include/exchange.cuh"
 #include "include/product.cuh"
 
 __device__ __forceinline__ uint4 load_weights(const bf16* p) {
@@ -37,8 +38,8 @@ struct Elements {
 };
 
 // WARPS share the depth; rows of x come in ROW_TILES of 8; AHEAD rounds of 64 elements a warp are under way.
-template <u32 FINISH, u32 WARPS, u32 ROW_TILES, u32 AHEAD>
-__device__ void product(const Product& a) {
+template <u32 FINISH, u32 WARPS, u32 ROW_TILES, u32 AHEAD, class Others>
+__device__ void product(const Product& a, const Others& others) {
     constexpr bool PAIRED = is_paired(FINISH);
     constexpr u32 STRIDE = WARPS * 64;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -89,6 +90,7 @@ __device__ void product(const Product& a) {
     for (u32 s = 0; s < AHEAD; ++s) load_next(s);
 
     wait_for_previous();
+    const u32 exchange = others.number();
     const bf16* x[ROW_TILES];
     bool has_row[ROW_TILES];
 #pragma unroll
@@ -147,7 +149,9 @@ __device__ void product(const Product& a) {
         for (u32 i = threadIdx.x; i < num_rows * PER_TILE; i += WARPS * 32) {
             const u32 row = i / PER_TILE, within = i % PER_TILE, n = tile * PER_TILE + within;
             if (n >= a.width) continue;
-            store_one<bf16, FINISH>(a, first_row + row, n, total(within, row), PAIRED ? total(8 + within, row) : 0.0f);
+            const float first = total(within, row), second = PAIRED ? total(8 + within, row) : 0.0f;
+            store_one<bf16, FINISH>(a, first_row + row, n, first, second);
+            others.tell(u64(first_row + row) * a.out_width + n, first, exchange);
         }
     }
 }
@@ -156,7 +160,7 @@ __device__ void product(const Product& a) {
 #define PRODUCT(NAME, FINISH, WARPS, ROW_TILES, AHEAD)                                                          \
     extern "C" __global__ __launch_bounds__(WARPS * 32, 2) void product_rows_##NAME(                            \
         const __grid_constant__ Product a) {                                                                    \
-        product<FINISH, WARPS, ROW_TILES, AHEAD>(a);                                                            \
+        product<FINISH, WARPS, ROW_TILES, AHEAD>(a, NoPush());                                                  \
     }
 // The number is the most rows of x.
 #define PRODUCTS(NAME, FINISH)                 \
@@ -169,4 +173,13 @@ PRODUCTS(gate_up, GATE_UP)
 PRODUCT(qkv_8, QKV, 8, 1, 4)
 PRODUCT(qkv_16, QKV, 8, 2, 2)
 PRODUCTS(logits, LOGITS)
-PRODUCTS(partial, PARTIAL)
+
+// A member's part of a product, told to the others.
+extern "C" __global__ __launch_bounds__(256, 2) void product_rows_partial_8(
+    const __grid_constant__ Product a, const __grid_constant__ Push others) {
+    product<PARTIAL, 8, 1, 4>(a, others);
+}
+extern "C" __global__ __launch_bounds__(256, 2) void product_rows_partial_16(
+    const __grid_constant__ Product a, const __grid_constant__ Push others) {
+    product<PARTIAL, 8, 2, 4>(a, others);
+}

@@ -71,6 +71,13 @@ __device__ __forceinline__ void allow_next() {
 #endif
 }
 
+// Past the cache of the multiprocessor, which may hold what it read during a kernel that ran before.
+__device__ __forceinline__ u32 load_word(const u32* p) {
+    u32 v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
 __device__ __forceinline__ float warp_sum(float v) {

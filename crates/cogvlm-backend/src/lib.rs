@@ -19,6 +19,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cogvlm_core::sharing::Sharing;
 use cogvlm_core::tokens::ExpertRange;
 use cogvlm_core::workspace::BufferKind;
 use cogvlm_core::{DType, Device, TensorSpec};
@@ -42,6 +43,10 @@ pub trait HostTensor: Send + Sync {
     /// Its bytes, row-major and little-endian, where they lie in mapped memory; `None` where they have to be made.
     /// They need not be aligned.
     fn mapped(&self) -> Option<&[u8]>;
+    /// Where its bytes lie in mapped memory, in their order, also where they do not follow each other there.
+    fn mapped_rows(&self) -> Option<Vec<MappedRows<'_>>> {
+        self.mapped().map(|bytes| vec![MappedRows::one(bytes)])
+    }
     /// Writes its bytes to `destination`, which is exactly as long.
     ///
     /// # Errors
@@ -81,6 +86,29 @@ pub trait HostTensor: Send + Sync {
     /// tensor is bf16.
     fn rule(&self) -> Option<ElementRule> {
         None
+    }
+}
+
+/// Rows of equal length in mapped memory, equally far from each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MappedRows<'a> {
+    /// From the first byte of the first row to the last one of the last row.
+    pub bytes: &'a [u8],
+    /// Bytes of a row.
+    pub width: usize,
+    /// Bytes from the begin of a row to that of the next one.
+    pub pitch: usize,
+}
+
+impl<'a> MappedRows<'a> {
+    /// A row by itself.
+    pub fn one(bytes: &'a [u8]) -> Self {
+        Self { bytes, width: bytes.len(), pitch: bytes.len() }
+    }
+
+    /// How many they are.
+    pub fn num_rows(&self) -> usize {
+        if self.width == 0 { 0 } else { (self.bytes.len() - self.width) / self.pitch + 1 }
     }
 }
 
@@ -285,6 +313,13 @@ pub trait Backend: Send + Sync + 'static {
     fn stage(
         &self, ring: &mut Self::Ring, slot: usize, sources: Vec<StagedSource<Self::Weight>>,
     ) -> Result<(), BackendError>;
+
+    /// As [`stage`](Self::stage), of weights that devices which compute together share by `sharing`.
+    fn stage_for(
+        &self, _sharing: Sharing, ring: &mut Self::Ring, slot: usize, sources: Vec<StagedSource<Self::Weight>>,
+    ) -> Result<(), BackendError> {
+        self.stage(ring, slot, sources)
+    }
 
     /// The weights that were last staged into `slot`, in the order given, once they are there.
     fn staged(&self, ring: &mut Self::Ring, slot: usize) -> Result<Vec<Self::Weight>, BackendError>;

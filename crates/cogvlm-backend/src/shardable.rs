@@ -43,6 +43,15 @@ pub trait Shardable: Backend {
     where
         Self: Sized;
 
+    /// Begins anew after operations that broke off half-way: what was exchanged is forgotten. Called of all members
+    /// while nothing runs on any of them.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`]
+    fn reset_exchange(&self, _exchange: &mut Self::Exchange) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// Whether all members took part in everything that this one is past: to be asked once values have come from it.
     ///
     /// # Errors

@@ -38,18 +38,25 @@ impl Sharing {
     }
 }
 
+impl WeightGroup {
+    /// How devices that compute together share the tensors of this group of `unit`.
+    pub fn sharing(self, unit: Unit) -> Sharing {
+        match self {
+            _ if unit.is_vision() => Sharing::First,
+            Self::Qkv(_) => Sharing::Heads,
+            Self::GateUp(_) => Sharing::Rows,
+            Self::Dense(_) | Self::Down(_) => Sharing::Columns,
+            // The head is a fiftieth of what a token reads: every device computes all logits, chooses the same token,
+            // and nothing has to be gathered.
+            Self::Whole | Self::Norms => Sharing::Replicated,
+        }
+    }
+}
+
 impl TensorSpec {
     /// How devices that compute together share the tensor.
     pub fn sharing(&self) -> Sharing {
-        match self.group {
-            _ if self.unit.is_vision() => Sharing::First,
-            WeightGroup::Qkv(_) => Sharing::Heads,
-            WeightGroup::GateUp(_) => Sharing::Rows,
-            WeightGroup::Dense(_) | WeightGroup::Down(_) => Sharing::Columns,
-            // The head is a fiftieth of what a token reads: every device computes all logits, chooses the same token,
-            // and nothing has to be gathered.
-            WeightGroup::Whole | WeightGroup::Norms => Sharing::Replicated,
-        }
+        self.group.sharing(self.unit)
     }
 }
 

@@ -237,6 +237,51 @@ impl Gpu {
         self.check(unsafe { cu::cuMemsetD8Async(address, 0, bytes, self.stream) })
     }
 
+    /// Lets `count` words be `value`, in the order of the compute stream.
+    ///
+    /// # Safety
+    /// That many words from `address` on are allocated on this device.
+    pub(crate) unsafe fn fill_words(&self, address: CUdeviceptr, value: u32, count: usize) -> Result<(), BackendError> {
+        self.bind()?;
+        // SAFETY: the caller vouches for the range.
+        self.check(unsafe { cu::cuMemsetD32Async(address, value, count, self.stream) })
+    }
+
+    /// Copies `num_rows` rows of `width` bytes, which lie `pitch` bytes apart from host address `from` on, to where they
+    /// follow each other, in the order of `stream`.
+    ///
+    /// # Safety
+    /// The rows are page-locked and stay until the stream is past the copy; `to` has room for them on this device.
+    pub(crate) unsafe fn copy_rows_from_host(
+        &self, from: usize, pitch: usize, to: CUdeviceptr, num_rows: usize, width: usize, stream: CUstream,
+    ) -> Result<(), BackendError> {
+        let from = from as *const c_void;
+        if num_rows == 1 {
+            // SAFETY: the caller vouches for both sides.
+            return self.check(unsafe { cu::cuMemcpyHtoDAsync_v2(to, from, width, stream) });
+        }
+        let rows = cu::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: cu::CUmemorytype::CU_MEMORYTYPE_HOST,
+            srcHost: from,
+            srcDevice: 0,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: pitch,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: cu::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: to,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: width,
+            WidthInBytes: width,
+            Height: num_rows,
+        };
+        // SAFETY: as above; the description is read before the call returns.
+        self.check(unsafe { cu::cuMemcpy2DAsync_v2(&raw const rows, stream) })
+    }
+
     /// Copies within the device, in the order of the compute stream.
     ///
     /// # Safety

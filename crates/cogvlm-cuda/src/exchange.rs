@@ -13,19 +13,22 @@ use crate::buffer::CudaBuffer;
 use crate::device::Gpu;
 use crate::host_copy::Pinned;
 use crate::memory::Allocation;
-use crate::ops::add_partials;
+use crate::ops::{add_partials, product_rows};
 
-/// As in kernels/add_partials.cu.
+/// As in kernels/include/exchange.cuh.
 pub(crate) const MAX_MEMBERS: usize = 8;
 /// Most blocks of a launch: as many as keep a link busy.
 pub(crate) const MAX_BLOCKS: usize = 256;
 /// The same where members share a GPU: blocks that wait must leave room for those that they wait for.
 const MAX_BLOCKS_OF_SHARED_GPU: usize = 16;
-/// Words of a member beside its sums: flags of every other member for every block, an epoch for every block, and
-/// whether somebody did not come.
-const NUM_WORDS: usize = MAX_BLOCKS * MAX_MEMBERS + MAX_BLOCKS + 1;
+/// Words of a member beside its sums: flags of every other member for every block, an epoch for every block, whether
+/// somebody did not come, and the number of the next exchange in each slot.
+const NUM_WORDS: usize = MAX_BLOCKS * MAX_MEMBERS + MAX_BLOCKS + 1 + NUM_EXCHANGES;
+const EPOCHS: usize = MAX_BLOCKS * MAX_MEMBERS;
+const BROKEN: usize = EPOCHS + MAX_BLOCKS;
+const NUMBERS: usize = BROKEN + 1;
 /// How long a member waits for another.
-pub(crate) const PATIENCE_S: u64 = 10;
+pub(crate) const PATIENCE_S: u64 = 4;
 
 /// One member's side of what GPUs exchange their sums through.
 pub struct CudaExchange {
@@ -33,28 +36,66 @@ pub struct CudaExchange {
     /// Of all members, in their order: the memory of each lives as long as any of them may read it.
     sides: Arc<Vec<Side>>,
     pub(crate) max_blocks: usize,
+    /// Whether the sums of a slot were sent to the others as they were computed.
+    is_pushed: [bool; NUM_EXCHANGES],
+}
+
+/// Where the sums of few rows go as they are computed (`Push` in kernels/include/exchange.cuh), passed by value.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Push {
+    pub(crate) inboxes: [CUdeviceptr; MAX_MEMBERS - 1],
+    pub(crate) exchange: CUdeviceptr,
+    pub(crate) num_others: u32,
 }
 
 /// What a member has.
 struct Side {
     sums: [CudaBuffer; NUM_EXCHANGES],
     words: Allocation,
+    /// Sums of few rows from every member, each with a number: `[NUM_EXCHANGES][members][inbox_words]`.
+    inbox: Allocation,
+    inbox_words: usize,
     /// 1 + the member for which this one waited in vain.
     failure: Pinned,
     gpu: Arc<Gpu>,
 }
 
 impl Side {
-    fn new(member: &CudaBackend, shape: [usize; 2]) -> Result<Self, BackendError> {
+    fn new(member: &CudaBackend, shape: [usize; 2], num_members: usize) -> Result<Self, BackendError> {
         let sums = || member.alloc("sums of the group", DType::F32, shape);
         let gpu = Arc::clone(&member.gpu);
         let words = Allocation::new(&gpu, "flags of the group", NUM_WORDS * size_of::<u32>())?;
+        let inbox_words = shape[0].min(product_rows::MAX_ROWS) * shape[1];
+        let inbox_bytes = NUM_EXCHANGES * num_members * inbox_words * size_of::<u64>();
+        let inbox = Allocation::new(&gpu, "sums from the group", inbox_bytes)?;
         let mut failure = Pinned::new(&gpu, size_of::<u32>())?;
         failure.slice_mut().fill(0);
-        let side = Self { sums: [sums()?, sums()?], words, failure, gpu };
+        let side = Self { sums: [sums()?, sums()?], words, inbox, inbox_words, failure, gpu };
         // SAFETY: the allocation has this length.
         unsafe { side.gpu.zero(side.words.address, NUM_WORDS * size_of::<u32>()) }?;
+        side.begin_to_count(num_members)?;
         Ok(side)
+    }
+
+    /// Forgets what came, and begins to count at 1: 0 is what nobody has sent.
+    fn begin_to_count(&self, num_members: usize) -> Result<(), BackendError> {
+        let inbox_bytes = NUM_EXCHANGES * num_members * self.inbox_words * size_of::<u64>();
+        // SAFETY: the allocation has this length, and the words are part of theirs.
+        unsafe {
+            self.gpu.zero(self.inbox.address, inbox_bytes)?;
+            self.gpu.fill_words(self.word(NUMBERS), 1, NUM_EXCHANGES)
+        }
+    }
+
+    fn word(&self, index: usize) -> CUdeviceptr {
+        self.words.address + (index * size_of::<u32>()) as CUdeviceptr
+    }
+
+    /// Address of what `member` tells this one in a slot.
+    fn inbox(&self, slot: usize, member: usize, num_members: usize) -> CUdeviceptr {
+        let words = (slot * num_members + member) * self.inbox_words;
+        self.inbox.address + (words * size_of::<u64>()) as CUdeviceptr
     }
 }
 
@@ -97,9 +138,10 @@ impl CudaExchange {
             members.iter().for_each(|member| member.gpu.forbid_overlap());
         }
         let max_blocks = if is_shared { MAX_BLOCKS_OF_SHARED_GPU } else { MAX_BLOCKS };
-        let sides = members.iter().map(|member| Side::new(member, shape)).collect::<Result<Vec<_>, _>>()?;
-        let sides = Arc::new(sides);
-        let side = |member| Self { member, sides: Arc::clone(&sides), max_blocks };
+        let sides = members.iter().map(|member| Side::new(member, shape, members.len()));
+        let sides = Arc::new(sides.collect::<Result<Vec<_>, _>>()?);
+        let is_pushed = [false; NUM_EXCHANGES];
+        let side = |member| Self { member, sides: Arc::clone(&sides), max_blocks, is_pushed };
         let exchanges: Vec<Self> = (0..members.len()).map(side).collect();
         // Loaded now: a driver that loads a kernel later may wait for what is running, and what is running may wait for
         // the kernel. And nobody is signalled before flags are zero.
@@ -116,7 +158,7 @@ impl CudaExchange {
 
     /// The sums of this member in a slot.
     pub(crate) fn sums(&self, slot: usize) -> &CudaBuffer {
-        &self.sides[self.member].sums[slot]
+        &self.side().sums[slot]
     }
 
     /// Addresses of the sums of all members in a slot.
@@ -131,21 +173,61 @@ impl CudaExchange {
 
     /// Address of this member's epochs: `[MAX_BLOCKS]`.
     pub(crate) fn epochs(&self) -> CUdeviceptr {
-        self.word(MAX_BLOCKS * MAX_MEMBERS)
+        self.side().word(EPOCHS)
     }
 
     /// Address of whether somebody did not come.
     pub(crate) fn broken(&self) -> CUdeviceptr {
-        self.word(MAX_BLOCKS * MAX_MEMBERS + MAX_BLOCKS)
+        self.side().word(BROKEN)
+    }
+
+    /// Address of the number of this member's next exchange in a slot.
+    pub(crate) fn number(&self, slot: usize) -> CUdeviceptr {
+        self.side().word(NUMBERS + slot)
+    }
+
+    /// Addresses of what every member tells this one in a slot.
+    pub(crate) fn inboxes(&self, slot: usize) -> [CUdeviceptr; MAX_MEMBERS] {
+        std::array::from_fn(|member| match member < self.num_members() {
+            true => self.side().inbox(slot, member, self.num_members()),
+            false => 0,
+        })
+    }
+
+    /// Where a product sends its sums in a slot.
+    pub(crate) fn push(&self, slot: usize) -> Push {
+        let others = self.sides.iter().enumerate().filter(|(other, _)| *other != self.member);
+        let mut inboxes = [0; MAX_MEMBERS - 1];
+        for (inbox, (_, other)) in inboxes.iter_mut().zip(others) {
+            *inbox = other.inbox(slot, self.member, self.num_members());
+        }
+        Push { inboxes, exchange: self.number(slot), num_others: self.num_members() as u32 - 1 }
+    }
+
+    /// Says how the sums of a slot came about.
+    pub(crate) fn set_pushed(&mut self, slot: usize, is_pushed: bool) {
+        self.is_pushed[slot] = is_pushed;
+    }
+
+    /// Whether the sums of a slot were sent to the others, as is to be known once.
+    pub(crate) fn take_pushed(&mut self, slot: usize) -> bool {
+        std::mem::take(&mut self.is_pushed[slot])
+    }
+
+    /// Forgets what was sent. To be called of all members while nothing runs on any, and before anything does.
+    pub(crate) fn reset(&mut self) -> Result<(), BackendError> {
+        self.is_pushed = [false; NUM_EXCHANGES];
+        self.side().begin_to_count(self.num_members())?;
+        self.side().gpu.synchronize()
     }
 
     /// Address of who did not come: memory of the host, which this process's devices reach at the same address.
     pub(crate) fn failure(&self) -> CUdeviceptr {
-        self.sides[self.member].failure.address.addr() as CUdeviceptr
+        self.side().failure.address.addr() as CUdeviceptr
     }
 
-    fn word(&self, index: usize) -> CUdeviceptr {
-        self.sides[self.member].words.address + (index * size_of::<u32>()) as CUdeviceptr
+    fn side(&self) -> &Side {
+        &self.sides[self.member]
     }
 
     fn of_all(&self, address: impl Fn(&Side) -> CUdeviceptr) -> [CUdeviceptr; MAX_MEMBERS] {
@@ -154,7 +236,7 @@ impl CudaExchange {
 
     /// Whether everybody came to what this member's stream is past.
     pub(crate) fn check(&self) -> Result<(), BackendError> {
-        let Side { failure, gpu, .. } = &self.sides[self.member];
+        let Side { failure, gpu, .. } = self.side();
         // SAFETY: the word is there as long as this; the device may write it meanwhile, which a volatile read allows
         // for.
         let waited_for = unsafe { failure.address.cast::<u32>().read_volatile() };
@@ -173,6 +255,6 @@ impl CudaExchange {
 impl Drop for CudaExchange {
     fn drop(&mut self) {
         // What this member still reads of the others is freed after the last of these.
-        drop(self.sides[self.member].gpu.synchronize());
+        drop(self.side().gpu.synchronize());
     }
 }

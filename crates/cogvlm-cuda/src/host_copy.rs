@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use cogvlm_backend::shape::{expect, unsupported};
-use cogvlm_backend::{BackendError, HostWeight};
+use cogvlm_backend::{BackendError, HostWeight, MappedRows};
 use cudarc::driver::sys::{self as cu, CUdeviceptr, CUstream};
 
 use crate::device::{Event, Gpu};
@@ -312,19 +312,20 @@ impl Loader {
         if can_wait && queue == Queue::Compute {
             return Ok(false);
         }
-        let (Some(bytes), Some(registered)) = (weight.mapped(), self.registered(weight)) else { return Ok(false) };
-        let address = bytes.as_ptr().addr() + range.start;
-        let start = address - registered.address();
-        let span = start..start + range.len();
-        let is_there = registered.covers(&span);
-        if self.path == LoadPath::Auto && !is_there && !registered::is_resident(address, range.len()) {
+        let Some(runs) = runs_of(weight, range) else { return Ok(false) };
+        let Some(registered) = self.registered(weight) else { return Ok(false) };
+        let start_of = |run: &MappedRows<'_>| run.bytes.as_ptr().addr() - registered.address();
+        let spans: Vec<Range<usize>> = runs.iter().map(|run| start_of(run)..start_of(run) + run.bytes.len()).collect();
+        let is_there = spans.iter().all(|span| registered.covers(span));
+        let is_resident = |span: &Range<usize>| registered::is_resident(registered.address() + span.start, span.len());
+        if self.path == LoadPath::Auto && !is_there && !spans.iter().all(is_resident) {
             return Ok(false);
         }
         if can_wait && !is_there {
-            registered.begin(&span);
+            spans.iter().for_each(|span| registered.begin(span));
             return Ok(false);
         }
-        let outcome = registered.ensure(&span);
+        let outcome = spans.iter().try_for_each(|span| registered.ensure(span));
         // A file that was cut off cannot be registered either: then this is what went wrong.
         weight.verify()?;
         if let Err(reason) = outcome {
@@ -334,13 +335,16 @@ impl Loader {
             registered.warn(weight.name(), &reason);
             return Ok(false);
         }
-        for piece in registered::pieces(span.clone()) {
-            let from = (registered.address() + piece.start) as *const _;
-            let to = to + (piece.start - span.start) as CUdeviceptr;
-            // SAFETY: the piece lies in one registered window, which `self.registered` keeps until the device is past
-            // all copies (`drop`); the caller vouches for the destination.
-            let result = unsafe { cu::cuMemcpyHtoDAsync_v2(to, from, piece.len(), queue.stream(&self.gpu)) };
-            self.gpu.check(result)?;
+        let mut to = to;
+        for (run, span) in runs.iter().zip(spans) {
+            for piece in registered::row_pieces(span.start, run.num_rows(), run.width, run.pitch) {
+                let (from, stream) = (registered.address() + piece.start, queue.stream(&self.gpu));
+                // SAFETY: the piece lies in one registered window, which `self.registered` keeps until the device is
+                // past all copies (`drop`); the caller vouches for the destination, which pieces fill one after the
+                // other.
+                unsafe { self.gpu.copy_rows_from_host(from, run.pitch, to, piece.num_rows, piece.width, stream) }?;
+                to += (piece.num_rows * piece.width) as CUdeviceptr;
+            }
         }
         Ok(true)
     }
@@ -405,6 +409,16 @@ impl Loader {
         }
         Ok(())
     }
+}
+
+/// Where bytes `range` of `weight` lie in mapped memory; of one whose bytes do not follow each other there, only all.
+fn runs_of<'a>(weight: &'a HostWeight, range: &Range<usize>) -> Option<Vec<MappedRows<'a>>> {
+    if let Some(bytes) = weight.mapped() {
+        return Some(vec![MappedRows::one(&bytes[range.clone()])]);
+    }
+    let runs = weight.mapped_rows()?;
+    let num_bytes = runs.iter().map(|run| run.num_rows() * run.width).sum();
+    (*range == (0..num_bytes)).then_some(runs)
 }
 
 impl Drop for Loader {

@@ -8,6 +8,7 @@ use cudarc::driver::sys::CUdeviceptr;
 
 use crate::backend::{CudaBackend, KernelPath};
 use crate::buffer::{CudaBuffer, dtype_code};
+use crate::exchange::Push;
 use crate::ops::{product_generic, product_mma, product_rows, product_wgmma};
 use crate::tables::CudaTables;
 use crate::weight::CudaWeight;
@@ -86,6 +87,8 @@ pub(crate) struct Product {
     pub(crate) num_rows: usize,
     /// Whether no weight is streamed.
     pub(crate) is_stable: bool,
+    /// Who is told the sums as they are computed, by kernels that do that.
+    pub(crate) push: Option<Push>,
     weight_dtype: DType,
     /// All ranges; each launch takes `MAX_RANGES` of them.
     ranges: Vec<RowRange>,
@@ -166,8 +169,13 @@ impl Product {
         arguments.weight_type = dtype_code(weight_dtype);
         let x_rows = x.rows();
         let (groups, num_rows) = ([0; 2], 0);
-        let ranges = row_ranges;
-        Ok(Self { finish, arguments, x_rows, weight_rows, groups, num_rows, is_stable, weight_dtype, ranges })
+        let (ranges, push) = (row_ranges, None);
+        Ok(Self { finish, arguments, x_rows, weight_rows, groups, num_rows, is_stable, push, weight_dtype, ranges })
+    }
+
+    /// Where [`is_of_few_rows`](Self::is_of_few_rows): who is told the sums.
+    pub(crate) fn pushed(self, push: Push) -> Self {
+        Self { push: Some(push), ..self }
     }
 
     /// Where plain results go.
@@ -212,11 +220,26 @@ impl Product {
         ProductArguments { num_vision_tiles: vision, num_tiles_m: language + vision, ..self.arguments }
     }
 
+    /// Whether it is computed by the kernels for few rows (kernels/product_rows.cu).
+    pub(crate) fn is_of_few_rows(&self, cuda: &CudaBackend) -> bool {
+        let [range] = self.ranges[..] else { return false };
+        let is_few = (range.end - range.first) as usize <= product_rows::MAX_ROWS;
+        is_few && self.is_vectorised(cuda) && self.finish != Finish::BiasGelu
+    }
+
+    /// Whether kernels take it that load several elements at once.
+    fn is_vectorised(&self, cuda: &CudaBackend) -> bool {
+        let (is_bf16, depth) =
+            (cuda.activations == DType::Bf16 && self.weight_dtype == DType::Bf16, self.arguments.depth);
+        cuda.path != KernelPath::Generic && is_bf16 && depth > 0 && depth.is_multiple_of(8)
+    }
+
     /// Computes it, in one launch unless there are very many ranges.
     pub(crate) fn run(mut self, cuda: &CudaBackend) -> Result<(), BackendError> {
         if self.weight_rows == 0 {
             return Ok(());
         }
+        let is_of_few_rows = self.is_of_few_rows(cuda);
         for ranges in std::mem::take(&mut self.ranges).chunks(MAX_RANGES) {
             self.arguments.num_ranges = ranges.len() as u32;
             self.arguments.ranges[..ranges.len()].copy_from_slice(ranges);
@@ -227,27 +250,18 @@ impl Product {
                 self.groups[range.expert as usize] += rows.div_ceil(GROUP_ROWS);
                 self.num_rows += rows;
             }
-            self.launch(cuda)?;
+            // With the fastest kernel that takes it.
+            if is_of_few_rows {
+                product_rows::run(cuda, &self)?;
+            } else if !self.is_vectorised(cuda) {
+                product_generic::run(cuda, &self)?;
+            } else if cuda.path == KernelPath::Hopper && product_wgmma::takes(&self) {
+                product_wgmma::run(cuda, &self)?;
+            } else {
+                product_mma::run(cuda, &self)?;
+            }
         }
         Ok(())
-    }
-
-    /// Computes the rows of the ranges in `arguments` with the fastest kernel that takes it.
-    fn launch(&self, cuda: &CudaBackend) -> Result<(), BackendError> {
-        let is_bf16 = cuda.activations == DType::Bf16 && self.weight_dtype == DType::Bf16;
-        let depth = self.arguments.depth;
-        let is_vectorised = is_bf16 && depth > 0 && depth.is_multiple_of(8);
-        if cuda.path == KernelPath::Generic || !is_vectorised {
-            return product_generic::run(cuda, self);
-        }
-        if self.num_rows <= product_rows::MAX_ROWS && self.arguments.num_ranges == 1 && self.finish != Finish::BiasGelu
-        {
-            return product_rows::run(cuda, self);
-        }
-        if cuda.path == KernelPath::Hopper && product_wgmma::takes(self) {
-            return product_wgmma::run(cuda, self);
-        }
-        product_mma::run(cuda, self)
     }
 }
 

@@ -297,9 +297,38 @@ fn windows(span: &Range<usize>) -> Range<usize> {
     span.start / WINDOW_BYTES..span.end.div_ceil(WINDOW_BYTES)
 }
 
-/// Cuts bytes `span` of a mapping at the borders of windows: the driver copies from one registration at a time.
-pub(crate) fn pieces(span: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    windows(&span).map(move |window| span.start.max(window * WINDOW_BYTES)..span.end.min((window + 1) * WINDOW_BYTES))
+/// Rows that are copied at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RowPiece {
+    /// Where the first one begins in the mapping.
+    pub(crate) start: usize,
+    pub(crate) num_rows: usize,
+    /// Bytes of each.
+    pub(crate) width: usize,
+}
+
+/// Cuts `num_rows` rows of `width` bytes, which begin at `start` of a mapping and lie `pitch` apart, at the borders of
+/// windows: the driver copies from one registration at a time. Rows that a border goes through are cut by themselves.
+pub(crate) fn row_pieces(start: usize, num_rows: usize, width: usize, pitch: usize) -> Vec<RowPiece> {
+    let mut pieces = Vec::new();
+    let (mut row, mut within) = (0, 0);
+    while row < num_rows && width > 0 {
+        let begin = start + row * pitch + within;
+        let room = (begin / WINDOW_BYTES + 1) * WINDOW_BYTES - begin;
+        if within == 0 && room >= width {
+            let count = ((room - width) / pitch + 1).min(num_rows - row);
+            pieces.push(RowPiece { start: begin, num_rows: count, width });
+            row += count;
+            continue;
+        }
+        let length = room.min(width - within);
+        pieces.push(RowPiece { start: begin, num_rows: 1, width: length });
+        within += length;
+        if within == width {
+            (row, within) = (row + 1, 0);
+        }
+    }
+    pieces
 }
 
 /// Whether most of a range of mapped memory is in the page cache. (Where the system does not tell, since the file is
@@ -339,16 +368,52 @@ fn held_limit() -> usize {
 mod tests {
     use super::*;
 
+    /// Pieces as start, rows and width of each.
+    fn pieces(start: usize, num_rows: usize, width: usize, pitch: usize) -> Vec<[usize; 3]> {
+        row_pieces(start, num_rows, width, pitch)
+            .iter()
+            .map(|piece| [piece.start, piece.num_rows, piece.width])
+            .collect()
+    }
+
     #[test]
     fn pieces_end_at_windows() {
         const W: usize = WINDOW_BYTES;
-        let cut = |span: Range<usize>| pieces(span).collect::<Vec<_>>();
-        assert_eq!(cut(3..5), vec![3..5; 1]);
-        assert_eq!(cut(0..W), vec![0..W; 1]);
-        assert_eq!(cut(W - 1..W + 1), [W - 1..W, W..W + 1]);
-        assert_eq!(cut(5..2 * W + 7), [5..W, W..2 * W, 2 * W..2 * W + 7]);
+        let one = |start, length| pieces(start, 1, length, length);
+        assert_eq!(one(3, 2), [[3, 1, 2]]);
+        assert_eq!(one(0, W), [[0, 1, W]]);
+        assert_eq!(one(W - 1, 2), [[W - 1, 1, 1], [W, 1, 1]]);
+        assert_eq!(one(5, 2 * W + 2), [[5, 1, W - 5], [W, 1, W], [2 * W, 1, 7]]);
+        assert!(one(7, 0).is_empty());
         assert_eq!(windows(&(W..2 * W)), 1..2);
-        assert!(cut(7..7).iter().all(Range::is_empty));
+        // Rows of 10 bytes, 100 apart: one ends where a window does, one goes across, one begins behind.
+        assert_eq!(pieces(W - 110, 3, 10, 100), [[W - 110, 2, 10], [W + 90, 1, 10]]);
+        assert_eq!(pieces(W - 104, 3, 10, 100), [[W - 104, 1, 10], [W - 4, 1, 4], [W, 1, 6], [W + 96, 1, 10]]);
+    }
+
+    #[test]
+    fn pieces_are_all_rows_in_order() {
+        const W: usize = WINDOW_BYTES;
+        for (start, num_rows, width, pitch) in [(0, 9, W / 3, W / 2), (17, 5, W + 3, W + 3), (W - 5, 4, 2 * W, 3 * W)] {
+            let mut bytes = Vec::new();
+            for piece in row_pieces(start, num_rows, width, pitch) {
+                for row in 0..piece.num_rows {
+                    let begin = piece.start + row * pitch;
+                    assert_eq!(begin / W, (begin + piece.width - 1) / W, "{piece:?} goes across a border");
+                    bytes.push(begin..begin + piece.width);
+                }
+            }
+            // Joined where one follows the other, these are the rows.
+            let mut rows = Vec::new();
+            for span in bytes {
+                match rows.last_mut() {
+                    Some(Range { end, start }) if *end == span.start && *end - *start < width => *end = span.end,
+                    _ => rows.push(span),
+                }
+            }
+            let expected: Vec<_> = (0..num_rows).map(|row| start + row * pitch..start + row * pitch + width).collect();
+            assert_eq!(rows, expected);
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ impl Shardable for CudaBackend {
         &self, x: &CudaBuffer, weights: ExpertWeights<'_, CudaWeight>, ranges: &[ExpertRange], slot: usize,
         exchange: &mut CudaExchange,
     ) -> Result<(), BackendError> {
-        ops::linear_partial::linear_partial(self, x, weights, ranges, exchange.sums(slot))
+        ops::linear_partial::linear_partial(self, x, weights, ranges, slot, exchange)
     }
 
     fn add_partials(
@@ -29,6 +29,10 @@ impl Shardable for CudaBackend {
         norm: Option<FollowingNorm<'_, Self>>,
     ) -> Result<(), BackendError> {
         ops::add_partials::add_partials(self, exchange, slot, rows, residual, norm)
+    }
+
+    fn reset_exchange(&self, exchange: &mut CudaExchange) -> Result<(), BackendError> {
+        exchange.reset()
     }
 
     fn check_exchange(&self, exchange: &CudaExchange) -> Result<(), BackendError> {

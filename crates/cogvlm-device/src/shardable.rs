@@ -76,6 +76,14 @@ impl Shardable for AnyBackend {
         }
     }
 
+    fn reset_exchange(&self, exchange: &mut Exchange) -> Result<(), BackendError> {
+        const OP: &str = "reset_exchange";
+        match self {
+            Self::Cpu(cpu) => cpu.reset_exchange(exchange.for_cpu(OP)?),
+            Self::Cuda(cuda) => cuda.reset_exchange(exchange.for_cuda(OP)?),
+        }
+    }
+
     fn check_exchange(&self, exchange: &Exchange) -> Result<(), BackendError> {
         const OP: &str = "check_exchange";
         match self {

@@ -4,17 +4,17 @@
 use std::sync::Arc;
 
 use cogvlm_backend::{BackendError, RopeMode, SamplingParams};
-use cogvlm_checkpoint::ModelSource;
+use cogvlm_checkpoint::{ModelSource, Monitor, SyntheticModel, write_checkpoint};
 use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::workspace::StepLimits;
-use cogvlm_core::{DType, Device};
+use cogvlm_core::{DType, Device, Phase};
 use cogvlm_cpu::CpuBackend;
 use cogvlm_cuda::CudaBackend;
 use cogvlm_device::AnyBackend;
 use cogvlm_parallel::TensorParallel;
 use cogvlm_pipeline::{Engine, Event, Image, Request, load_plan};
 use cogvlm_plan::links::Links;
-use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy};
+use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, TensorPlacement};
 use cogvlm_plan::{plan, plan_tensor_parallel};
 
 type Group = TensorParallel<AnyBackend>;
@@ -103,6 +103,51 @@ fn difference(found: &[f32], expected: &[f32]) -> f64 {
     (error / expected.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>()).sqrt()
 }
 
+/// A plan of two members that are streamed about half of their vision experts from `from`.
+fn streaming(request: &PlanRequest, from: Device) -> Plan {
+    let whole = plan_tensor_parallel(request, 2).unwrap();
+    let is_expert = |placement: &&TensorPlacement| {
+        !placement.tensor.unit.is_vision() && placement.tensor.phase == Phase::ImagePrefill
+    };
+    let experts: u64 = whole.placements.iter().filter(is_expert).map(|placement| placement.bytes).sum();
+    let budget =
+        |planned: &DevicePlan| DeviceBudget { device: planned.device, bytes: planned.used_bytes() - experts / 4 };
+    let mut budgets: Vec<DeviceBudget> = whole.devices.iter().map(budget).collect();
+    budgets.push(DeviceBudget { device: from, bytes: experts });
+    let plan = plan_tensor_parallel(&PlanRequest { budgets, ..request.clone() }, 2);
+    let plan = plan.unwrap_or_else(|error| panic!("{from}: {error}"));
+    let rests = |placement: &&TensorPlacement| placement.residency.place(placement.executes_on) == from;
+    let streamed: u64 = plan.placements.iter().filter(rests).map(|placement| placement.bytes).sum();
+    assert!(streamed > experts / 3 && streamed < experts, "{streamed} of {experts} bytes are streamed");
+    plan
+}
+
+/// Members that are streamed their parts, made or from files, give the bits of members that hold them.
+fn compare_streamed(model: &str, activations: DType, num_gpus: Option<u32>) {
+    let made = ModelSource::open(model).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    write_checkpoint(&SyntheticModel::parse(model).unwrap(), directory.path(), 40 << 20, &Monitor::silent()).unwrap();
+    let files = ModelSource::open(directory.path().to_str().unwrap()).unwrap();
+    let request = request_for(&made, 2, activations);
+    let mut resident = engine(&made, &plan_tensor_parallel(&request, 2).unwrap(), num_gpus);
+    let tokens = answers(&mut resident, requests(&made, 8, None)).0;
+    let expected = answers(&mut resident, requests(&made, 8, Some(&tokens)));
+    drop(resident);
+    for (source, from) in [(&made, Device::Cpu), (&files, Device::Cpu), (&files, Device::Disk)] {
+        let plan = streaming(&request, from);
+        let mut streamed = engine(source, &plan, num_gpus);
+        let name = format!("{model}, {activations}, streamed from {from}");
+        for turn in 0..2 {
+            let found = answers(&mut streamed, requests(source, 8, Some(&tokens)));
+            assert!(found == expected, "{name}, turn {turn}: other bits");
+            assert!(answers(&mut streamed, requests(source, 8, None)).0 == tokens, "{name}, turn {turn}");
+        }
+        for ((device, memory), planned) in streamed.memory().iter().zip(&plan.devices) {
+            assert!(memory.peak <= planned.used_bytes(), "{name}: {device} held {memory:?} of {planned:?}");
+        }
+    }
+}
+
 /// Compares a group of two with one device, token by token.
 fn compare(model: &str, activations: DType, bound: f64, longest: usize, num_gpus: Option<u32>) {
     let source = ModelSource::open(model).unwrap();
@@ -132,6 +177,7 @@ fn compare(model: &str, activations: DType, bound: f64, longest: usize, num_gpus
 fn virtual_ranks_answer_together() {
     compare("tiny@11", DType::F32, 2e-5, 30, None);
     compare("small@12", DType::Bf16, 3e-2, 8, None);
+    compare_streamed("tiny@11", DType::F32, None);
 }
 
 #[test]
@@ -140,4 +186,6 @@ fn gpus_answer_together() {
     let num_gpus = cogvlm_cuda::usable_devices().unwrap_or_else(|error| panic!("{error}")).len() as u32;
     compare("tiny@11", DType::F32, 2e-5, 200, Some(num_gpus));
     compare("small@12", DType::Bf16, 3e-2, 1200, Some(num_gpus));
+    compare_streamed("tiny@11", DType::F32, Some(num_gpus));
+    compare_streamed("small@12", DType::Bf16, Some(num_gpus));
 }

@@ -142,7 +142,8 @@ impl<B: Backend> Weights<B> {
             });
             let slot = ring.free.pop().expect("checked by the loop");
             ring.in_flight.push_back((key, slot));
-            backend.stage(&mut ring.slots, slot, sources.collect())?;
+            let (unit, group) = key;
+            backend.stage_for(group.sharing(unit), &mut ring.slots, slot, sources.collect())?;
             if let Some(entering) = ring.upcoming.get(READ_AHEAD_GROUPS - 1) {
                 read_ahead(&self.groups, *entering);
             }

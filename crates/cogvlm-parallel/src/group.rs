@@ -15,7 +15,7 @@ use cogvlm_core::workspace::{BufferKind, PARCEL_ALIGN, StepLimits};
 use cogvlm_core::{DType, Device, ModelSpec, TensorSpec};
 
 use crate::shard::Shard;
-use crate::shares::{SharedBuffer, SharedWeight, of_member};
+use crate::shares::{SharedBuffer, SharedRing, SharedWeight, of_member};
 
 /// Devices of one kind that compute every layer together, or one device alone.
 ///
@@ -114,12 +114,14 @@ impl<B: Shardable> TensorParallel<B> {
     }
 
     /// Lets slot 0 be the next. That it was used last means that a step broke off half-way: then everybody is waited
-    /// for.
+    /// for, and begins anew.
     fn align_slots(&self) -> Result<(), BackendError> {
         let Some(mut state) = self.state() else { return Ok(()) };
-        if state.slot != 0 {
+        let State { exchanges, slot, .. } = &mut *state;
+        if *slot != 0 {
             self.members.iter().try_for_each(Backend::synchronize)?;
-            state.slot = 0;
+            self.members.iter().zip(exchanges).try_for_each(|(member, exchange)| member.reset_exchange(exchange))?;
+            *slot = 0;
         }
         Ok(())
     }
@@ -184,7 +186,7 @@ impl<B: Shardable> Backend for TensorParallel<B> {
     type Buffer = SharedBuffer<B>;
     type Weight = SharedWeight<B::Weight>;
     type Tables = Vec<B::Tables>;
-    type Ring = B::Ring;
+    type Ring = SharedRing<B>;
     type Parcel = Vec<B::Parcel>;
     type Outbox = Vec<B::Outbox>;
     type Moment = B::Moment;
@@ -276,33 +278,55 @@ impl<B: Shardable> Backend for TensorParallel<B> {
         self.first().prepare_streaming(weights);
     }
 
-    fn staging(&self, num_slots: usize, slot_bytes: usize) -> Result<B::Ring, BackendError> {
-        if self.group.is_some() {
-            let reason = "devices that compute together hold all of their weights: none are streamed to them";
-            return Err(unsupported("staging", reason));
-        }
-        self.first().staging(num_slots, slot_bytes)
+    fn staging(&self, num_slots: usize, slot_bytes: usize) -> Result<Self::Ring, BackendError> {
+        let rings = self.each(self.members.len(), |(_, member)| member.staging(num_slots, slot_bytes))?;
+        Ok(SharedRing { rings, sharings: vec![Sharing::Replicated; num_slots] })
     }
 
+    /// All of them to every member.
     fn stage(
-        &self, ring: &mut B::Ring, slot: usize, sources: Vec<StagedSource<Self::Weight>>,
+        &self, ring: &mut Self::Ring, slot: usize, sources: Vec<StagedSource<Self::Weight>>,
     ) -> Result<(), BackendError> {
-        let source = |source| {
-            Ok(match source {
-                StagedSource::Host(weight) => StagedSource::Host(weight),
-                StagedSource::Peer(weight) => {
-                    let weight: SharedWeight<B::Weight> = weight;
-                    StagedSource::Peer(weight.of("stage", 0)?.clone())
-                }
-            })
-        };
-        let sources: Result<Vec<_>, BackendError> = sources.into_iter().map(source).collect();
-        self.first().stage(ring, slot, sources?)
+        self.stage_for(Sharing::Replicated, ring, slot, sources)
     }
 
-    fn staged(&self, ring: &mut B::Ring, slot: usize) -> Result<Vec<Self::Weight>, BackendError> {
-        let weights = self.first().staged(ring, slot)?.into_iter();
-        Ok(weights.map(|weight| SharedWeight::new(Sharing::Replicated, vec![weight])).collect())
+    /// To each member its part.
+    fn stage_for(
+        &self, sharing: Sharing, ring: &mut Self::Ring, slot: usize, sources: Vec<StagedSource<Self::Weight>>,
+    ) -> Result<(), BackendError> {
+        const OP: &str = "stage";
+        let count = if sharing == Sharing::First { 1 } else { self.members.len() };
+        let parts = self.group.as_ref().map(|group| group.qkv_parts);
+        let of_member = |member: usize| {
+            let source = |source: &StagedSource<Self::Weight>| {
+                Ok(match (source, parts) {
+                    (StagedSource::Host(weight), None) => StagedSource::Host(HostWeight::clone(weight)),
+                    (StagedSource::Host(weight), Some(parts)) => {
+                        StagedSource::Host(Shard::of(weight, sharing, parts, member, self.members.len())?)
+                    }
+                    (StagedSource::Peer(weight), _) => StagedSource::Peer(weight.of(OP, member)?.clone()),
+                })
+            };
+            sources.iter().map(source).collect::<Result<Vec<_>, BackendError>>()
+        };
+        for (index, (member, ring)) in self.members.iter().zip(&mut ring.rings).enumerate().take(count) {
+            member.stage(ring, slot, of_member(index)?)?;
+        }
+        match ring.sharings.get_mut(slot) {
+            Some(staged) => *staged = sharing,
+            None => return Err(unsupported(OP, format!("slot {slot} of a ring of {}", ring.sharings.len()))),
+        }
+        Ok(())
+    }
+
+    fn staged(&self, ring: &mut Self::Ring, slot: usize) -> Result<Vec<Self::Weight>, BackendError> {
+        let sharing = ring.sharings.get(slot).copied().unwrap_or(Sharing::Replicated);
+        let count = if sharing == Sharing::First { 1 } else { self.members.len() };
+        let members = self.members.iter().zip(&mut ring.rings).take(count);
+        let staged = members.map(|(member, ring)| member.staged(ring, slot)).collect::<Result<Vec<_>, _>>()?;
+        let mut staged: Vec<_> = staged.into_iter().map(Vec::into_iter).collect();
+        let weights = std::iter::from_fn(|| staged.iter_mut().map(Iterator::next).collect::<Option<Vec<_>>>());
+        Ok(weights.map(|parts| SharedWeight::new(sharing, parts)).collect())
     }
 
     fn write(&self, values: &[f32], buffer: &mut SharedBuffer<B>, first_row: usize) -> Result<(), BackendError> {

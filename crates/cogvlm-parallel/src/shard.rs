@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use cogvlm_backend::shape::unsupported;
-use cogvlm_backend::{BackendError, ElementRule, HostReadError, HostTensor, HostWeight};
+use cogvlm_backend::{BackendError, ElementRule, HostReadError, HostTensor, HostWeight, MappedRows};
 use cogvlm_core::DType;
 use cogvlm_core::sharing::Sharing;
 
@@ -82,6 +82,21 @@ impl Shard {
         self.whole.shape()[1]
     }
 
+    /// Rows of the whole that it has some of, run by run: where their parts lie in `bytes` of the whole.
+    fn mapped_runs<'a>(&self, bytes: &'a [u8]) -> Vec<MappedRows<'a>> {
+        let size = self.dtype().size_bytes();
+        let (pitch, width) = (self.pitch() * size, self.columns.len() * size);
+        let run = |rows: &Range<usize>| {
+            let first = rows.start * pitch + self.columns.start * size;
+            if width == pitch {
+                MappedRows::one(&bytes[first..first + rows.len() * pitch])
+            } else {
+                MappedRows { bytes: &bytes[first..first + (rows.len() - 1) * pitch + width], width, pitch }
+            }
+        };
+        self.rows.iter().filter(|rows| !rows.is_empty() && width > 0).map(run).collect()
+    }
+
     /// The elements of the whole that follow each other there and hold those of the shard from `element` on.
     fn span_at(&self, element: usize) -> Range<usize> {
         let (mut row, column) = (element / self.shape[1], element % self.shape[1]);
@@ -112,9 +127,17 @@ impl HostTensor for Shard {
         &self.shape
     }
 
-    /// Its bytes do not follow each other where they lie.
+    /// Its bytes need not follow each other where they lie.
     fn mapped(&self) -> Option<&[u8]> {
         None
+    }
+
+    fn mapped_rows(&self) -> Option<Vec<MappedRows<'_>>> {
+        self.whole.mapped().map(|bytes| self.mapped_runs(bytes))
+    }
+
+    fn mapping(&self) -> Option<&[u8]> {
+        self.whole.mapping()
     }
 
     fn read_into(&self, destination: &mut [u8]) -> Result<(), HostReadError> {
@@ -211,6 +234,12 @@ mod tests {
                 }
             }
             assert!(shard.read_at(all.len() * 4, &mut [0; 4]).is_err(), "beyond the end");
+            let runs = shard.mapped_rows().expect("the whole is mapped");
+            let rows =
+                runs.iter().flat_map(|run| (0..run.num_rows()).map(|row| &run.bytes[row * run.pitch..][..run.width]));
+            let mapped: Vec<f32> =
+                rows.flat_map(|row| row.as_chunks().0).map(|bytes| f32::from_le_bytes(*bytes)).collect();
+            assert_eq!(mapped, all, "{sharing:?}");
         }
     }
 

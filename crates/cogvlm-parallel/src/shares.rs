@@ -90,6 +90,14 @@ impl<W> SharedWeight<W> {
     }
 }
 
+/// Staging slots on every member.
+pub struct SharedRing<B: Backend> {
+    /// Of each member.
+    pub(crate) rings: Vec<B::Ring>,
+    /// How members share what was staged last into each slot.
+    pub(crate) sharings: Vec<Sharing>,
+}
+
 /// What `member` has of the weights of two experts.
 pub(crate) fn of_member<'a, W>(
     op: &'static str, weights: ExpertWeights<'a, SharedWeight<W>>, member: usize,

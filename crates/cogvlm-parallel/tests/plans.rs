@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use cogvlm_backend::{Backend, BackendError, RopeMode, SamplingParams};
+use cogvlm_backend::{BackendError, RopeMode, SamplingParams};
 use cogvlm_checkpoint::ModelSource;
 use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::workspace::StepLimits;
@@ -164,7 +164,4 @@ fn groups_that_cannot_be_are_refused() {
     assert_eq!(refused(&[]), "join: 0 devices cannot share 4 query heads evenly");
     assert_eq!(refused(&[DType::F32; 3]), "join: 3 devices cannot share 4 query heads evenly");
     assert!(refused(&[DType::F32, DType::Bf16]).contains("different types"));
-    let group = TensorParallel::new(members(&[DType::F32; 2]), source.spec(), &limits).unwrap();
-    let error = group.staging(2, 1024).err().map(|error| error.to_string());
-    assert!(error.is_some_and(|error| error.contains("none are streamed")));
 }

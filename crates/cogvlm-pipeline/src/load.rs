@@ -175,9 +175,9 @@ fn load_ranks<B: Portable>(
         };
         let units = plan.executed_on(device);
         let failed = |source| LoadError::Rank { device, source };
-        let mut slot_bytes = 0;
+        let (mut slot_bytes, num_members) = (0, plan.members_with(device).len());
         let groups = grouped.remove(&device).unwrap_or_default().into_iter().map(|(key, tensors)| {
-            let source = group_source(tensors, &mut slot_bytes);
+            let source = group_source(tensors, num_members, &mut slot_bytes);
             (key, source)
         });
         let groups: HashMap<GroupKey, GroupSource<B::Weight>> = groups.collect();
@@ -414,8 +414,8 @@ impl HostTensor for MadeTensor {
     }
 }
 
-/// A group is resident if all of it is; else all of it goes through the staging ring.
-fn group_source<W: Clone>(tensors: Vec<PlacedTensor<W>>, slot_bytes: &mut u64) -> GroupSource<W> {
+/// A group is resident if all of it is; else all of it goes through the staging ring, to each of `num_members` its part.
+fn group_source<W: Clone>(tensors: Vec<PlacedTensor<W>>, num_members: usize, slot_bytes: &mut u64) -> GroupSource<W> {
     let all_resident = tensors.iter().all(|tensor| matches!(tensor.place, SourcePlace::Resident(_)));
     if all_resident {
         let weights = tensors.into_iter().filter_map(|tensor| match tensor.place {
@@ -424,7 +424,8 @@ fn group_source<W: Clone>(tensors: Vec<PlacedTensor<W>>, slot_bytes: &mut u64) -
         });
         return GroupSource::Resident(weights.collect());
     }
-    let bytes: u64 = tensors.iter().map(|tensor| tensor.bytes.next_multiple_of(STAGING_ALIGN)).sum();
+    let part = |tensor: &PlacedTensor<W>| tensor.group.sharing(tensor.unit).bytes(tensor.bytes, 0, num_members);
+    let bytes: u64 = tensors.iter().map(|tensor| part(tensor).next_multiple_of(STAGING_ALIGN)).sum();
     *slot_bytes = bytes.max(*slot_bytes);
     let sources = tensors.into_iter().map(|tensor| match tensor.place {
         SourcePlace::Resident(weight) => SourceTensor::Peer(weight),

@@ -15,7 +15,7 @@ use crate::plan::{
     DeviceBudget, DevicePlan, LinkPlan, Plan, PlanRequest, Policy, Prefill, Residency, StagePlan, check_budgets,
     check_limits, limits_on,
 };
-use crate::tensor::plan_members;
+use crate::tensor::plan_reserving;
 
 /// The schema that is written, and the only one that is read.
 pub const PLAN_SCHEMA: &str = "cogvlm-shard.plan/1";
@@ -115,10 +115,7 @@ impl Plan {
                 })
                 .collect(),
             prefill: self.prefill,
-            tensors_off_device: self
-                .off_device()
-                .map(|(name, device)| (name.to_owned(), device_value(device)))
-                .collect(),
+            tensors_off_device: self.tensors_off_device(),
             links: self
                 .links
                 .iter()
@@ -140,11 +137,12 @@ impl Plan {
     }
 
     /// Tensors that do not rest with the unit that uses them, and where they rest.
-    fn off_device(&self) -> impl Iterator<Item = (&str, Device)> {
+    fn tensors_off_device(&self) -> Map<String, Value> {
         let placements = self.placements.iter().map(|placement| {
-            (placement.tensor.name.as_str(), placement.executes_on, placement.residency.place(placement.executes_on))
+            (&placement.tensor.name, placement.executes_on, placement.residency.place(placement.executes_on))
         });
-        placements.filter(|(_, executes_on, rests)| rests != executes_on).map(|(name, _, rests)| (name, rests))
+        let off_device = placements.filter(|(_, executes_on, rests)| rests != executes_on);
+        off_device.map(|(name, _, rests)| (name.clone(), device_value(rests))).collect()
     }
 
     /// Reads a plan of the model of `spec` that [`to_json`](Self::to_json) wrote. Everything that follows from stages
@@ -405,10 +403,11 @@ fn read_group(
         budgets,
         policy: file.policy,
         limits,
-        reserve_bytes: devices.values().map(|device| device.reserved_bytes).max().unwrap_or(0),
+        reserve_bytes: 0,
         links: Links::default(),
     };
-    let plan = plan_members(&request, &file.tensor_parallel)?;
+    let reserve_bytes = devices.values().map(|device| device.reserved_bytes).max().unwrap_or(0);
+    let plan = plan_reserving(&request, &file.tensor_parallel, reserve_bytes)?;
     let stages: Vec<(Device, Vec<String>)> = file.stages.into_iter().map(|stage| (stage.device, stage.units)).collect();
     let units = |stage: &StagePlan| stage.units.iter().map(|&unit| unit_path(unit)).collect();
     if plan.stages.iter().map(|stage| (stage.device, units(stage))).collect::<Vec<_>>() != stages {
@@ -417,8 +416,8 @@ fn read_group(
     if file.prefill.is_some() {
         return Err(wrong("prefill", "is there, but devices of `tensor_parallel` compute every step"));
     }
-    if !file.tensors_off_device.is_empty() {
-        return Err(wrong("tensors_off_device", "is not empty, but devices of `tensor_parallel` hold everything"));
+    if plan.tensors_off_device() != file.tensors_off_device {
+        return Err(wrong("tensors_off_device", "is not what the budgets of `tensor_parallel` leave to other devices"));
     }
     for plan in &plan.devices {
         compare_device(plan, &devices[&plan.device])?;

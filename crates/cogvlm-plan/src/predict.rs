@@ -37,7 +37,7 @@ impl Prediction {
         if self.members.is_empty() {
             return (self.links.clone(), 0.0);
         }
-        let beyond_s = group_s(&self.sizes, &self.links, &self.members, has_image, rows);
+        let beyond_s = group_s(&self.placement, &self.sizes, &self.links, &self.members, has_image, rows);
         (together(&self.links, &self.members), beyond_s)
     }
 

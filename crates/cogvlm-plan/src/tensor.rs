@@ -1,7 +1,7 @@
-//! Plans of tensor parallelism: several cards that compute every layer together, and hold everything themselves.
+//! Plans of tensor parallelism: several cards that compute every layer together. They hold what every token reads.
 
 use cogvlm_core::memory::format_bytes;
-use cogvlm_core::sharing::{check_even, member_kv_bytes_per_layer, member_workspace_bytes};
+use cogvlm_core::sharing::check_even;
 use cogvlm_core::workspace::{BufferKind, StepLimits};
 use cogvlm_core::{DType, Device, Unit};
 
@@ -9,12 +9,12 @@ use crate::account::Placement;
 use crate::cost::card_flops_per_s;
 use crate::error::PlanError;
 use crate::links::{CardRates, Links};
-use crate::own::sizes::{IMAGE_PROMPT_TEXT_TOKENS, Sizes};
-use crate::plan::{DeviceBudget, DevicePlan, LinkPlan, Plan, PlanRequest, Policy, Residency};
+use crate::own::sizes::{Group, IMAGE_PROMPT_TEXT_TOKENS, Member, Sizes};
+use crate::plan::{DeviceBudget, DevicePlan, LinkPlan, Plan, PlanRequest, Policy, Residency, STAGING_SLOTS};
 
-/// Predicted time for cards to add up the sums of a decode step, beside what they read for it: two flags and a row over
-/// NVLink. What two H200 took for a token beyond their reads and launches, 2.68 ms at a context of 1,300, over 64.
-const EXCHANGE_S: f64 = 9e-6;
+/// Predicted time for cards to add up the sums of a decode step, beside what they read for it. What two H200 took for a
+/// token beyond their reads and launches, 2.52 ms at a context of 1,300, over 64.
+const EXCHANGE_S: f64 = 7e-6;
 
 /// Places the model of `request` on the first `num_members` cards of its budgets, which compute every layer together;
 /// the vision tower runs on the first of them. Other devices are not used, and the request's policy is not asked.
@@ -34,6 +34,11 @@ pub fn plan_tensor_parallel(request: &PlanRequest, num_members: usize) -> Result
 
 /// [`plan_tensor_parallel`], of exactly these members.
 pub(crate) fn plan_members(request: &PlanRequest, members: &[Device]) -> Result<Plan, PlanError> {
+    plan_reserving(request, members, request.card_reserve_bytes(&request.sizes()))
+}
+
+/// The same, with so much left free on every member.
+pub(crate) fn plan_reserving(request: &PlanRequest, members: &[Device], reserve_bytes: u64) -> Result<Plan, PlanError> {
     let num_members = members.len();
     check_even(&request.spec, num_members)?;
     for (index, member) in members.iter().enumerate() {
@@ -48,14 +53,19 @@ pub(crate) fn plan_members(request: &PlanRequest, members: &[Device]) -> Result<
         }
     }
     let sizes = Sizes::new(&request.spec, request.weight_dtype, request.activation_dtype, request.limits.among(1));
-    let placement = Placement {
-        executes_on: vec![members[0]; sizes.units.len()],
-        residency: vec![Residency::Device; sizes.inventory.len()],
-        prefill: None,
-    };
+    let of_members: Vec<Sizes> = (0..num_members).map(|index| sizes.of_member(Member { index, num_members })).collect();
+    let budget_of = |device: Device| request.budgets.iter().find(|budget| budget.device == device);
+    let room = |device: &Device| budget_of(*device).map_or(0, |budget| budget.bytes.saturating_sub(reserve_bytes));
+    let residency = residency(&sizes, &of_members, &members.iter().map(room).collect::<Vec<_>>(), &request.budgets);
+    let placement = Placement { executes_on: vec![members[0]; sizes.units.len()], residency, prefill: None };
+    // The first member's part of a group is the largest.
+    let is_streamed =
+        |group: &&Group| group.tensors.iter().any(|&tensor| placement.residency[tensor] != Residency::Device);
+    let streamed = of_members[0].groups.iter().filter(is_streamed);
+    let slot_bytes = streamed.map(|group| group.staged_bytes).max().unwrap_or(0);
     let device = |budget: &DeviceBudget| match members.iter().position(|member| *member == budget.device) {
-        Some(member) => member_plan(&sizes, budget, member, num_members, request.reserve_bytes),
-        None => unused(budget),
+        Some(member) => member_plan(&of_members[member], &placement.residency, slot_bytes, budget, reserve_bytes),
+        None => beside(&sizes, &placement.residency, budget),
     };
     let mut devices: Vec<DevicePlan> = request.budgets.iter().map(device).collect();
     devices.sort_by_key(|plan| plan.device);
@@ -73,7 +83,7 @@ pub(crate) fn plan_members(request: &PlanRequest, members: &[Device]) -> Result<
         stages: placement.stages(&sizes),
         prefill: None,
         placements: placement.tensors(&sizes),
-        links: links(&sizes, members),
+        links: links(&sizes, &of_members, &placement.residency, members),
         notices,
         devices,
         seconds_per_token,
@@ -84,30 +94,92 @@ pub(crate) fn plan_members(request: &PlanRequest, members: &[Device]) -> Result<
     })
 }
 
-/// What a member of the group holds.
+/// Where every tensor rests: on the members, as far as each has `room` for its part. What is read for every token and
+/// everything small stays; of the layers' weights that only images need, those that come first, so that the copies of
+/// the others hide behind computing. These rest in host memory, else in the file, and each member is streamed its part.
+/// Where even that does not fit, everything stays, for others to refuse.
+fn residency(sizes: &Sizes, of_members: &[Sizes], room: &[u64], budgets: &[DeviceBudget]) -> Vec<Residency> {
+    let all_resident = vec![Residency::Device; sizes.inventory.len()];
+    let (vision, text) = (0..sizes.num_vision, sizes.num_vision..sizes.units.len());
+    let layers = || sizes.vit_layers_in(&vision).chain(sizes.layers_in(&text));
+    let cold = || layers().flat_map(|unit| sizes.cold_of[unit].clone());
+    let fixed = |sizes: &Sizes| {
+        let weights = sizes.norm_bytes(&text) + sizes.hot_bytes(&text) + sizes.table_bytes;
+        let vision_ends = sizes.cold_bytes(&vision) - sizes.cold_bytes(&sizes.vit_layers_in(&vision));
+        weights + vision_ends + sizes.kv_bytes(&text) + sizes.workspace_bytes(&vision, &text)
+    };
+    let left = |(sizes, room): (&Sizes, &u64)| room.checked_sub(fixed(sizes));
+    let Some(left) = of_members.iter().zip(room).map(left).collect::<Option<Vec<u64>>>() else { return all_resident };
+    let cold_bytes = |sizes: &Sizes| cold().map(|group| sizes.groups[group].bytes).sum::<u64>();
+    if of_members.iter().zip(&left).all(|(sizes, left)| cold_bytes(sizes) <= *left) {
+        return all_resident;
+    }
+    let slot = |groups: &mut dyn Iterator<Item = usize>| {
+        groups.map(|group| of_members[0].groups[group].staged_bytes).max().unwrap_or(0)
+    };
+    // A ring for the vision experts alone, where that is enough.
+    let experts = || sizes.layers_in(&text).flat_map(|unit| sizes.cold_of[unit].clone());
+    let vit_bytes = |sizes: &Sizes| cold_bytes(sizes) - experts().map(|group| sizes.groups[group].bytes).sum::<u64>();
+    let with_ring = |slot: u64, kept: &dyn Fn(&Sizes) -> u64| {
+        let members = of_members.iter().zip(&left);
+        members.map(|(sizes, left)| left.checked_sub(STAGING_SLOTS as u64 * slot + kept(sizes))).collect()
+    };
+    let (candidates, left): (Vec<usize>, Vec<u64>) = match with_ring(slot(&mut experts()), &vit_bytes) {
+        Some(left) => (experts().collect(), left),
+        None => match with_ring(slot(&mut cold()), &|_| 0) {
+            Some(left) => (cold().collect(), left),
+            None => return all_resident,
+        },
+    };
+    let bytes_of = |device: Device| budgets.iter().find(|budget| budget.device == device).map(|budget| budget.bytes);
+    let (mut host, in_file) = (bytes_of(Device::Cpu).unwrap_or(0), bytes_of(Device::Disk).is_some());
+    let (mut residency, mut left) = (all_resident.clone(), left);
+    for index in candidates {
+        let part = |member: usize| of_members[member].groups[index].bytes;
+        let rests = if left.iter().enumerate().all(|(member, left)| part(member) <= *left) {
+            left.iter_mut().enumerate().for_each(|(member, left)| *left -= part(member));
+            Residency::Device
+        } else if sizes.groups[index].bytes <= host {
+            host -= sizes.groups[index].bytes;
+            Residency::Host
+        } else if in_file {
+            Residency::File
+        } else {
+            return all_resident;
+        };
+        sizes.groups[index].tensors.iter().for_each(|&tensor| residency[tensor] = rests);
+    }
+    residency
+}
+
+/// What a member of the group holds; `sizes` are its own, the ring of all has slots of `slot_bytes`.
 fn member_plan(
-    sizes: &Sizes, budget: &DeviceBudget, member: usize, num_members: usize, reserved_bytes: u64,
+    sizes: &Sizes, residency: &[Residency], slot_bytes: u64, budget: &DeviceBudget, reserved_bytes: u64,
 ) -> DevicePlan {
-    let (spec, limits, activations) = (&sizes.spec, &sizes.limits, sizes.activation_dtype);
-    let tensors = sizes.inventory.iter().enumerate();
-    let weights = tensors.map(|(index, tensor)| tensor.sharing().bytes(sizes.tensor_bytes(index), member, num_members));
-    let kv_per_layer = member_kv_bytes_per_layer(spec, limits, activations, num_members);
+    let (vision, text) = (0..sizes.num_vision, sizes.num_vision..sizes.units.len());
+    let resident = residency.iter().enumerate().filter(|(_, rests)| **rests == Residency::Device);
     DevicePlan {
         device: budget.device,
         budget_bytes: Some(budget.bytes),
-        weight_bytes: weights.sum(),
-        kv_bytes: spec.num_layers as u64 * kv_per_layer,
-        workspace_bytes: member_workspace_bytes(spec, &sizes.units, limits, activations, member, num_members),
-        staging_bytes: 0,
+        weight_bytes: resident.map(|(tensor, _)| sizes.tensor_bytes(tensor)).sum(),
+        kv_bytes: sizes.kv_bytes(&text),
+        workspace_bytes: sizes.workspace_bytes(&vision, &text),
+        staging_bytes: STAGING_SLOTS as u64 * slot_bytes,
         reserved_bytes,
     }
 }
 
-fn unused(budget: &DeviceBudget) -> DevicePlan {
+/// What a device holds that is no member.
+fn beside(sizes: &Sizes, residency: &[Residency], budget: &DeviceBudget) -> DevicePlan {
+    let rests = residency.iter().enumerate().filter(|(_, rests)| match budget.device {
+        Device::Gpu(_) => false,
+        Device::Cpu => **rests == Residency::Host,
+        Device::Disk => **rests == Residency::File,
+    });
     DevicePlan {
         device: budget.device,
         budget_bytes: (budget.device != Device::Disk).then_some(budget.bytes),
-        weight_bytes: 0,
+        weight_bytes: rests.map(|(tensor, _)| sizes.tensor_bytes(tensor)).sum(),
         kv_bytes: 0,
         workspace_bytes: 0,
         staging_bytes: 0,
@@ -120,8 +192,9 @@ fn sum_bytes(sizes: &Sizes) -> u64 {
     (2 * sizes.spec.num_layers * sizes.spec.hidden_size * DType::F32.size_bytes()) as u64
 }
 
-/// Every member reads the sums of every other; the others are sent what the images become.
-fn links(sizes: &Sizes, members: &[Device]) -> Vec<LinkPlan> {
+/// Every member reads the sums of every other; the others are sent what the images become; each is streamed its part of
+/// what rests elsewhere.
+fn links(sizes: &Sizes, of_members: &[Sizes], residency: &[Residency], members: &[Device]) -> Vec<LinkPlan> {
     let rows = (sizes.spec.num_vision_tokens() + IMAGE_PROMPT_TEXT_TOKENS) as u64;
     let mut links = Vec::new();
     for &from in members {
@@ -129,6 +202,13 @@ fn links(sizes: &Sizes, members: &[Device]) -> Vec<LinkPlan> {
             let features = if from == members[0] { features_bytes(sizes) } else { 0 };
             let bytes_per_token = sum_bytes(sizes);
             links.push(LinkPlan { from, to, bytes_per_token, bytes_per_image: rows * bytes_per_token + features });
+        }
+    }
+    for (from, place) in [(Device::Cpu, Residency::Host), (Device::Disk, Residency::File)] {
+        let streamed = || residency.iter().enumerate().filter(|(_, rests)| **rests == place);
+        for (&to, sizes) in members.iter().zip(of_members).filter(|_| streamed().next().is_some()) {
+            let bytes_per_image = streamed().map(|(tensor, _)| sizes.tensor_bytes(tensor)).sum();
+            links.push(LinkPlan { from, to, bytes_per_token: 0, bytes_per_image });
         }
     }
     links.sort_by_key(|link| (link.from, link.to));
@@ -155,10 +235,10 @@ fn times(placement: &Placement, sizes: &Sizes, links: &Links, members: &[Device]
     let sequences = sizes.limits.max_sequences as f64;
     let round_s = placement.round_s(sizes, &together, sequences, sizes.limits.context_len as f64);
     let rows = sizes.spec.num_vision_tokens() + IMAGE_PROMPT_TEXT_TOKENS;
-    let decode_s = group_s(sizes, links, members, false, 1);
+    let decode_s = group_s(placement, sizes, links, members, false, 1);
     Times {
         seconds_per_token: times.token_s + decode_s,
-        seconds_per_image: times.image_s + group_s(sizes, links, members, true, rows),
+        seconds_per_image: times.image_s + group_s(placement, sizes, links, members, true, rows),
         tokens_per_second: sequences / (round_s + decode_s),
     }
 }
@@ -174,14 +254,17 @@ pub(crate) fn together(links: &Links, members: &[Device]) -> Links {
     let all_cards = CardRates {
         copy_bytes_per_s: card.copy_bytes_per_s * num_members,
         product_flops_per_s: card.product_flops_per_s * num_members,
+        from_host_bytes_per_s: card.from_host_bytes_per_s * num_members,
         ..*card
     };
     links.clone().with_card(first, "", all_cards)
 }
 
 /// Seconds of a step of `rows` rows beyond what members together take: adding up sums, and the vision tower, which only
-/// one of them computes.
-pub(crate) fn group_s(sizes: &Sizes, links: &Links, members: &[Device], has_image: bool, rows: usize) -> f64 {
+/// one of them computes and is streamed.
+pub(crate) fn group_s(
+    placement: &Placement, sizes: &Sizes, links: &Links, members: &[Device], has_image: bool, rows: usize,
+) -> f64 {
     let (first, last) = (number(members[0]), number(members[members.len() - 1]));
     if first == last {
         return 0.0;
@@ -190,8 +273,14 @@ pub(crate) fn group_s(sizes: &Sizes, links: &Links, members: &[Device], has_imag
     let exchanges_s = 2.0 * sizes.spec.num_layers as f64 * EXCHANGE_S;
     let rows_s = rows as f64 * sum_bytes(sizes) as f64 * (num_members - 1.0) / links.pair(first, last).bytes_per_s;
     let vision_flops = if has_image { sizes.prefill_flops(&(0..sizes.num_vision)) } else { 0.0 };
-    let vision_s = vision_flops / card_flops_per_s(links, first) * (1.0 - 1.0 / num_members);
-    exchanges_s + rows_s + vision_s
+    let computed_s = vision_flops / card_flops_per_s(links, first);
+    let tower = sizes.inventory.iter().zip(&placement.residency).enumerate();
+    let streamed = tower.filter(|(_, (tensor, rests))| tensor.unit.is_vision() && **rests != Residency::Device);
+    let copied = streamed.map(|(index, (_, rests))| {
+        sizes.tensor_bytes(index) as f64 / links.between(rests.place(members[0]), members[0])
+    });
+    let copied_s: f64 = if has_image { copied.sum() } else { 0.0 };
+    exchanges_s + rows_s + computed_s.max(copied_s) * (1.0 - 1.0 / num_members)
 }
 
 fn notices(request: &PlanRequest, devices: &[DevicePlan], members: &[Device]) -> Vec<String> {
@@ -203,6 +292,12 @@ fn notices(request: &PlanRequest, devices: &[DevicePlan], members: &[Device]) ->
         format_bytes(shared),
         members[0]
     )];
+    let streamed = devices.iter().filter(|device| !matches!(device.device, Device::Gpu(_)));
+    let streamed: u64 = streamed.map(|device| device.weight_bytes).sum();
+    if streamed > 0 {
+        let streamed = format_bytes(streamed);
+        notices.push(format!("{streamed} are streamed for every image, to each member its part"));
+    }
     let idle = devices.iter().filter(|device| matches!(device.device, Device::Gpu(_)));
     let idle = idle.filter(|device| !members.contains(&device.device));
     notices.extend(idle.map(|device| format!("`{}` is not used", device.device)));
@@ -238,10 +333,11 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
-    use cogvlm_core::ModelConfig;
     use cogvlm_core::memory::GIB;
+    use cogvlm_core::{ModelConfig, Phase};
 
     use super::*;
+    use crate::plan::TensorPlacement;
 
     fn request(model: &str, gib: &[u64], batch: usize) -> PlanRequest {
         let budget =
@@ -274,6 +370,69 @@ mod tests {
         let alone = crate::plan(&request("cogvlm-chat-17b", &[139], 1)).unwrap();
         assert!(plan.seconds_per_token < 0.6 * alone.seconds_per_token, "{plan:?}");
         assert!(plan.seconds_per_image < alone.seconds_per_image);
+    }
+
+    fn host(gib: u64) -> DeviceBudget {
+        DeviceBudget { device: Device::Cpu, bytes: gib * GIB }
+    }
+
+    #[test]
+    fn two_small_cards_are_streamed_vision_experts() {
+        let mut request = request("cogvlm-chat-17b", &[20, 20], 1);
+        let error = plan_tensor_parallel(&request, 2).unwrap_err();
+        assert!(matches!(error, PlanError::OverBudget { device: Device::Gpu(0), .. }), "{error}");
+        request.budgets.push(host(16));
+        let plan = plan_tensor_parallel(&request, 2).unwrap();
+        let [first, second, cpu] = &plan.devices[..] else { panic!("three devices") };
+        let rests = |residency| {
+            let placements = plan.placements.iter().filter(move |placement| placement.residency == residency);
+            placements.map(|placement| placement.bytes).sum::<u64>()
+        };
+        let streamed = rests(Residency::Host);
+        assert_eq!((cpu.weight_bytes, rests(Residency::File)), (streamed, 0));
+        // A layer's experts are 404,750,336 bytes; the first card is full to within less than one of its halves.
+        assert!(streamed > 2 * GIB && streamed < 8 * GIB, "{streamed}");
+        assert!(first.free_bytes().unwrap() < 404_750_336 / 2, "{first:?}");
+        // Gate and up of one expert, half of their rows, in each slot.
+        let slot = 2 * 4096 * 11_008 / 2 * 2;
+        assert_eq!([first.staging_bytes, second.staging_bytes], [STAGING_SLOTS as u64 * slot; 2]);
+        let from_host = plan.links.iter().filter(|link| link.from == Device::Cpu);
+        assert!(from_host.clone().all(|link| link.bytes_per_token == 0 && link.bytes_per_image == streamed / 2));
+        assert_eq!(from_host.count(), 2);
+        // What every token reads stays, and the first layers' experts.
+        for placement in &plan.placements {
+            let (tensor, stays) = (&placement.tensor, placement.residency == Residency::Device);
+            let is_expert = tensor.phase == Phase::ImagePrefill && !tensor.unit.is_vision();
+            assert!(stays || is_expert, "{} rests off the cards", tensor.name);
+            assert!(stays || tensor.unit != Unit::DecoderLayer(0), "{} of the first layer does not stay", tensor.name);
+        }
+        let longer = PlanRequest { links: Links::default(), ..request.clone() };
+        assert_eq!(Plan::from_json(&plan.to_json(), &longer.spec).unwrap(), plan);
+        // Where a long cache leaves no room for the vision tower, it is streamed to the first.
+        let crowded = PlanRequest { limits: StepLimits::new(1344, 16), ..request.clone() };
+        let crowded = PlanRequest { budgets: vec![request.budgets[0], request.budgets[1], host(24)], ..crowded };
+        let plan = plan_tensor_parallel(&crowded, 2).unwrap();
+        let streamed = plan.placements.iter().filter(|placement| placement.residency == Residency::Host);
+        let tower = |placement: &TensorPlacement| placement.tensor.unit.is_vision();
+        assert!(streamed.clone().any(tower) && streamed.clone().any(|placement| !tower(placement)));
+        let to = |device| plan.links.iter().find(|link| (link.from, link.to) == (Device::Cpu, device)).unwrap();
+        assert!(to(Device::Gpu(0)).bytes_per_image > to(Device::Gpu(1)).bytes_per_image);
+        assert_eq!(Plan::from_json(&plan.to_json(), &crowded.spec).unwrap(), plan);
+        // The file stands in for host memory.
+        request.budgets[2] = DeviceBudget { device: Device::Disk, bytes: 0 };
+        let plan = plan_tensor_parallel(&request, 2).unwrap();
+        assert!(plan.placements.iter().any(|placement| placement.residency == Residency::File));
+        // What every token reads is not streamed to a group.
+        let small = PlanRequest { budgets: vec![request.budgets[0], request.budgets[1], host(40)], ..request };
+        let too_small = PlanRequest {
+            budgets: small
+                .budgets
+                .iter()
+                .map(|budget| DeviceBudget { bytes: budget.bytes.min(7 * GIB), ..*budget })
+                .collect(),
+            ..small
+        };
+        assert!(plan_tensor_parallel(&too_small, 2).is_err());
     }
 
     #[test]

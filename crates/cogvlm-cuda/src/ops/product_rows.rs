@@ -1,6 +1,7 @@
 //! Products of a few rows at the rate of memory: kernels/product_rows.cu.
 
 use cogvlm_backend::BackendError;
+use cogvlm_backend::shape::unsupported;
 
 use crate::backend::CudaBackend;
 use crate::device::{Launch, arg};
@@ -31,7 +32,13 @@ pub(crate) fn run(cuda: &CudaBackend, product: &Product) -> Result<(), BackendEr
     };
     let grid = tiles.min(BLOCKS_PER_MULTIPROCESSOR * cuda.gpu.info.num_multiprocessors);
     let launch = Launch { overlap: product.is_stable, ..Launch::blocks(grid, THREADS) };
+    let mut arguments = vec![arg(&arguments)];
+    if product.finish == Finish::Partial {
+        let push = product.push.as_ref().ok_or_else(|| unsupported("linear_partial", "sums that nobody is told"))?;
+        arguments.push(arg(push));
+    }
     // SAFETY: the kernel takes one `Product`, of at most `MAX_ROWS` rows in one range and a depth that is a multiple of
-    // 8, as `Product::run` sees to; addresses, rows and widths in it were checked when it was made.
-    unsafe { cuda.gpu.launch("product_rows", kernel, launch, &mut [arg(&arguments)]) }
+    // 8, as `Product::run` sees to; addresses, rows and widths in it were checked when it was made. A partial one takes
+    // a `Push` beside it, whose inboxes have `MAX_ROWS` rows or as many as the sums.
+    unsafe { cuda.gpu.launch("product_rows", kernel, launch, &mut arguments) }
 }

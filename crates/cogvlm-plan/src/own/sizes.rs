@@ -3,7 +3,8 @@
 
 use std::ops::Range;
 
-use cogvlm_core::workspace::{StepLimits, kv_bytes_per_layer, workspace_bytes};
+use cogvlm_core::sharing::{member_kv_bytes_per_layer, member_workspace_bytes};
+use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, ModelSpec, Phase, TensorSpec, Unit, WeightGroup, tensor_inventory};
 
 use crate::cost::{StepKind, unit_flops};
@@ -26,8 +27,26 @@ pub(crate) struct Group {
     pub(crate) tensors: Vec<usize>,
 }
 
-/// Sizes of a model under given element types and limits.
+/// Which of several devices that compute every layer together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Member {
+    pub(crate) index: usize,
+    pub(crate) num_members: usize,
+}
+
+impl Member {
+    /// A device alone, which has everything.
+    pub(crate) const ALONE: Self = Self { index: 0, num_members: 1 };
+
+    /// Bytes of its part of a tensor of that many.
+    fn bytes(self, tensor: &TensorSpec, bytes: u64) -> u64 {
+        tensor.sharing().bytes(bytes, self.index, self.num_members)
+    }
+}
+
+/// Sizes of a model under given element types and limits, or of the part of it that one member of a group has.
 pub(crate) struct Sizes {
+    member: Member,
     pub(crate) spec: ModelSpec,
     pub(crate) weight_dtype: DType,
     pub(crate) activation_dtype: DType,
@@ -59,10 +78,19 @@ pub(crate) struct Sizes {
 
 impl Sizes {
     pub(crate) fn new(spec: &ModelSpec, weight_dtype: DType, activation_dtype: DType, limits: StepLimits) -> Self {
+        Self::of(Member::ALONE, spec, weight_dtype, activation_dtype, limits)
+    }
+
+    /// What `member` has of the same model.
+    pub(crate) fn of_member(&self, member: Member) -> Self {
+        Self::of(member, &self.spec, self.weight_dtype, self.activation_dtype, self.limits)
+    }
+
+    fn of(member: Member, spec: &ModelSpec, weight_dtype: DType, activation_dtype: DType, limits: StepLimits) -> Self {
         let inventory = tensor_inventory(spec);
         let units = Unit::execution_order(spec);
         let num_vision = units.iter().take_while(|unit| unit.is_vision()).count();
-        let groups = collect_groups(spec, &inventory, weight_dtype);
+        let groups = collect_groups(member, spec, &inventory, weight_dtype);
         let of = |keep: fn(&Group) -> bool| {
             let range = |unit: usize| {
                 let start = groups.partition_point(|group| group.unit < unit);
@@ -96,9 +124,12 @@ impl Sizes {
             hot: sums(&|unit| bytes(&hot_of[unit])),
             cold: sums(&|unit| bytes(&cold_of[unit])),
             table_bytes: groups.iter().filter(|group| group.phase == Phase::RowLookup).map(|group| group.bytes).sum(),
-            kv_per_layer: kv_bytes_per_layer(spec, &limits, activation_dtype),
-            workspace: (0..1 << PARTS).map(|parts| parts_workspace(spec, parts, &limits, activation_dtype)).collect(),
+            kv_per_layer: member_kv_bytes_per_layer(spec, &limits, activation_dtype, member.num_members),
+            workspace: (0..1 << PARTS)
+                .map(|parts| parts_workspace(member, spec, parts, &limits, activation_dtype))
+                .collect(),
             prefill_flops,
+            member,
             spec: spec.clone(),
             weight_dtype,
             activation_dtype,
@@ -121,7 +152,8 @@ impl Sizes {
 
     /// Bytes of tensor `index` of the inventory.
     pub(crate) fn tensor_bytes(&self, index: usize) -> u64 {
-        (self.inventory[index].num_elements() * self.weight_dtype.size_bytes()) as u64
+        let tensor = &self.inventory[index];
+        self.member.bytes(tensor, (tensor.num_elements() * self.weight_dtype.size_bytes()) as u64)
     }
 
     /// Norms of `units`.
@@ -259,14 +291,15 @@ pub(crate) fn staging_bytes(bytes: u64) -> u64 {
 /// Parts of a model that need workspace of their own: one bit each.
 const PARTS: usize = 6;
 
-fn parts_workspace(spec: &ModelSpec, parts: usize, limits: &StepLimits, activations: DType) -> u64 {
+fn parts_workspace(member: Member, spec: &ModelSpec, parts: usize, limits: &StepLimits, activations: DType) -> u64 {
     let examples =
         [Unit::PatchEmbedding, Unit::VitLayer(0), Unit::Adapter, Unit::Embedding, Unit::DecoderLayer(0), Unit::Head];
     let present = examples.into_iter().enumerate().filter(|(part, _)| parts >> part & 1 == 1);
-    workspace_bytes(spec, &present.map(|(_, unit)| unit).collect::<Vec<_>>(), limits, activations)
+    let units: Vec<Unit> = present.map(|(_, unit)| unit).collect();
+    member_workspace_bytes(spec, &units, limits, activations, member.index, member.num_members)
 }
 
-fn collect_groups(spec: &ModelSpec, inventory: &[TensorSpec], dtype: DType) -> Vec<Group> {
+fn collect_groups(member: Member, spec: &ModelSpec, inventory: &[TensorSpec], dtype: DType) -> Vec<Group> {
     let num_vision = spec.vision.num_layers + 2;
     let unit_index = |unit: Unit| match unit {
         Unit::PatchEmbedding => 0,
@@ -278,7 +311,7 @@ fn collect_groups(spec: &ModelSpec, inventory: &[TensorSpec], dtype: DType) -> V
     };
     let mut groups: Vec<Group> = Vec::new();
     for (index, tensor) in inventory.iter().enumerate() {
-        let bytes = (tensor.num_elements() * dtype.size_bytes()) as u64;
+        let bytes = member.bytes(tensor, (tensor.num_elements() * dtype.size_bytes()) as u64);
         let unit = unit_index(tensor.unit);
         // Tensors of a group stand close together: look at the last few groups only.
         let known = groups.iter().rposition(|group| group.unit == unit && group.group == tensor.group);

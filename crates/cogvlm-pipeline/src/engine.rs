@@ -209,6 +209,7 @@ impl<B: Backend> Engine<B> {
             let step = self.under_way.remove(index.expect("every step that ends was begun"));
             let result = outcome.inspect_err(|_| {
                 self.running.retain(|sequence| !step.requests.contains(&sequence.id));
+                self.ranks.fence();
             })?;
             // Of a step that was begun before its sequences ended nothing is left to tell.
             if let Some(report) = self.finish(step, result) {

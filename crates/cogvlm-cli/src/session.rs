@@ -10,7 +10,7 @@ use cogvlm_checkpoint::{ModelSource, SyntheticModel, read_config};
 use cogvlm_core::module_tree::Module;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, ModelConfig, ModelSpec};
-use cogvlm_cpu::CpuBackend;
+use cogvlm_cpu::{CpuBackend, Threads};
 use cogvlm_cuda::CudaBackend;
 use cogvlm_device::AnyBackend;
 use cogvlm_parallel::TensorParallel;
@@ -100,7 +100,7 @@ impl Session {
         machine.check(&plan, process).map_err(failed)?;
         let on_gpus = machine.on_gpus();
         let threads = thread_pool(args.threads).map_err(failed)?;
-        let num_threads = threads.current_num_threads();
+        let num_threads = threads.num_threads();
         let activations = DType::from(args.dtype);
         let open_device = |planned: &DevicePlan| {
             let (device, capacity) = (planned.device, planned.used_bytes() - planned.reserved_bytes);
@@ -143,12 +143,14 @@ impl Session {
 }
 
 /// Threads that all virtual ranks share.
-fn thread_pool(num_threads: Option<usize>) -> CliResult<Arc<rayon::ThreadPool>> {
+fn thread_pool(num_threads: Option<usize>) -> CliResult<Arc<Threads>> {
     if num_threads.is_some_and(|count| count == 0 || count > 1024) {
         return Err(CliError::usage("`--threads` must lie between 1 and 1024"));
     }
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(num_threads.unwrap_or(0)).build();
-    pool.map(Arc::new).map_err(|error| CliError::new(format!("cannot start the threads of the CPU backend: {error}")))
+    let threads = Threads::new(num_threads.unwrap_or(0));
+    threads
+        .map(Arc::new)
+        .map_err(|error| CliError::new(format!("cannot start the threads of the CPU backend: {error}")))
 }
 
 /// A plan that cannot be made, with what would make it fit.

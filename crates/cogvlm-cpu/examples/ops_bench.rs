@@ -15,7 +15,7 @@ use cogvlm_backend::{Activation, Backend, Batch, ExpertWeights, HeadGeometry, Ro
 use cogvlm_core::tokens::ExpertRange;
 use cogvlm_core::workspace::{BLOCK_LEN, StepLimits};
 use cogvlm_core::{DType, Device, Expert};
-use cogvlm_cpu::{CpuBackend, CpuBuffer, CpuWeight};
+use cogvlm_cpu::{CpuBackend, CpuBuffer, CpuWeight, Threads};
 use rayon::ThreadPool;
 
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
@@ -40,11 +40,12 @@ const VIT_TOKENS: usize = 1226;
 
 fn main() -> Outcome {
     let threads = std::env::args().nth(1).map_or(Ok(0), |text| text.parse())?;
-    let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(threads).build()?);
-    println!("{} threads, memory read {:.1} GB/s", pool.current_num_threads(), read_rate(&pool));
+    let read_rate = read_rate(&rayon::ThreadPoolBuilder::new().num_threads(threads).build()?);
+    let threads = Arc::new(Threads::new(threads)?);
+    println!("{} threads, memory read {read_rate:.1} GB/s", threads.num_threads());
     for activations in [DType::F32, DType::Bf16] {
         for model in &MODELS {
-            let cpu = CpuBackend::new(Device::Cpu, 8 << 30, activations, Arc::clone(&pool))?;
+            let cpu = CpuBackend::new(Device::Cpu, 8 << 30, activations, Arc::clone(&threads))?;
             println!("\n{} in {activations}, {}, weights in bf16", model.name, cpu.isa());
             Bench { cpu, model }.run()?;
         }

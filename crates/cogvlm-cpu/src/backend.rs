@@ -12,19 +12,19 @@ use cogvlm_core::tokens::ExpertRange;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device};
 use half::bf16;
-use rayon::ThreadPool;
 
 use crate::buffer::{CpuBuffer, CpuParcel};
 use crate::ops;
 use crate::ring::{Copier, CpuRing};
 use crate::simd::Isa;
 use crate::tables::CpuTables;
+use crate::threads::Threads;
 use crate::weight::CpuWeight;
 
 /// The CPU as one device, or as one of several virtual ranks.
 pub struct CpuBackend {
     pub(crate) arena: Arena,
-    pub(crate) pool: Arc<ThreadPool>,
+    pub(crate) threads: Arc<Threads>,
     pub(crate) isa: Isa,
     activations: DType,
     copier: Copier,
@@ -32,19 +32,19 @@ pub struct CpuBackend {
 
 impl CpuBackend {
     /// A device with an arena of `capacity_bytes` and the best instructions that the machine has. Ranks of one
-    /// process share `threads`: operations run on the calling thread and on as many others as the pool has, less one.
+    /// process share `threads`: operations run on the calling thread and on the others.
     ///
     /// # Errors
     /// [`BackendError::Unsupported`] for activations in f16.
     pub fn new(
-        device: Device, capacity_bytes: u64, activations: DType, threads: Arc<ThreadPool>,
+        device: Device, capacity_bytes: u64, activations: DType, threads: Arc<Threads>,
     ) -> Result<Self, BackendError> {
         if activations == DType::F16 {
             let reason = "activations in f16 overflow where this model was trained in bf16; use bf16 or f32".to_owned();
             return Err(BackendError::Unsupported { op: "new", reason });
         }
         let (arena, copier) = (Arena::new(device, capacity_bytes), Copier::new(device));
-        Ok(Self { arena, pool: threads, isa: Isa::best(), activations, copier })
+        Ok(Self { arena, threads, isa: Isa::best(), activations, copier })
     }
 
     /// The same device, restricted to the instructions of `isa`. Levels differ in the last bits of sums.
@@ -108,11 +108,11 @@ impl Backend for CpuBackend {
     }
 
     fn load(&self, weight: &HostWeight) -> Result<CpuWeight, BackendError> {
-        CpuWeight::load(&self.arena, &self.pool, weight)
+        CpuWeight::load(&self.arena, &self.threads, weight)
     }
 
     fn attach(&self, weight: &HostWeight) -> Result<CpuWeight, BackendError> {
-        CpuWeight::attach(&self.arena, &self.pool, weight)
+        CpuWeight::attach(&self.arena, &self.threads, weight)
     }
 
     fn staging(&self, num_slots: usize, slot_bytes: usize) -> Result<CpuRing, BackendError> {

@@ -35,4 +35,5 @@ pub use scratch::SCRATCH_BYTES_PER_THREAD;
 pub use shardable::CpuExchange;
 pub use simd::Isa;
 pub use tables::CpuTables;
+pub use threads::Threads;
 pub use weight::CpuWeight;

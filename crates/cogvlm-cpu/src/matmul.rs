@@ -10,11 +10,11 @@ use std::ops::Range;
 
 use bytemuck::cast_slice;
 use cogvlm_core::DType;
-use rayon::ThreadPool;
 
 use crate::element::Element;
 use crate::scratch::{self, Scratch, grown};
 use crate::simd::{self, Isa, PANEL, Update};
+use crate::threads::Threads;
 use crate::tiles::{self, Tile};
 use crate::weight::CpuWeight;
 
@@ -68,10 +68,10 @@ impl<T: Element, const N: usize> Product<'_, T, N> {
     /// Calls `finish` for each row of each tile of `out`, `[rows, columns]`: with the row, its columns, the sums for
     /// them by each weight, and where the results go.
     pub(crate) fn finish_rows<O: Send>(
-        &self, isa: Isa, pool: &ThreadPool, out: &mut [O], columns: usize,
+        &self, isa: Isa, threads: &Threads, out: &mut [O], columns: usize,
         finish: impl Fn(usize, Range<usize>, [&mut [f32]; N], &mut [O]) + Sync,
     ) {
-        self.finish_tiles(isa, pool, out, columns, self.tile_columns(), |tile, sums| {
+        self.finish_tiles(isa, threads, out, columns, self.tile_columns(), |tile, sums| {
             for row in tile.rows() {
                 finish(row, tile.columns(), sums.row(row - tile.rows().start), tile.row(row));
             }
@@ -80,7 +80,7 @@ impl<T: Element, const N: usize> Product<'_, T, N> {
 
     /// Calls `finish` for each tile of `out`, `[rows, columns]`, `width` columns wide.
     pub(crate) fn finish_tiles<O: Send>(
-        &self, isa: Isa, pool: &ThreadPool, out: &mut [O], columns: usize, width: usize,
+        &self, isa: Isa, threads: &Threads, out: &mut [O], columns: usize, width: usize,
         finish: impl Fn(&mut Tile<'_, O>, &mut Sums<'_, N>) + Sync,
     ) {
         let stride = width.next_multiple_of(PANEL);
@@ -89,7 +89,7 @@ impl<T: Element, const N: usize> Product<'_, T, N> {
         // Dot products read all rows many times over: they are widened and made once, before.
         let made = if few { self.few_rows(isa) } else { FewRows::default() };
         let row_blocks = tiles::row_blocks(self.rows.clone(), row_limit, 12);
-        tiles::for_each(pool, out, columns, &row_blocks, width, |mut tile| {
+        tiles::for_each(threads, out, columns, &row_blocks, width, |mut tile| {
             scratch::with(|scratch| {
                 let mut sums = std::mem::take(&mut scratch.sums);
                 let num_rows = tile.rows().len();

@@ -4,9 +4,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use rayon::ThreadPool;
-
-use crate::threads;
+use crate::threads::Threads;
 
 /// A mutable slice whose disjoint parts are written by different threads.
 pub(crate) struct Disjoint<'a, T> {
@@ -81,13 +79,13 @@ pub(crate) fn row_blocks(rows: Range<usize>, longest: usize, multiple: usize) ->
 /// # Panics
 /// If runs of rows are not ascending and disjoint, or `width` is 0.
 pub(crate) fn for_each<T: Send>(
-    pool: &ThreadPool, matrix: &mut [T], columns: usize, row_blocks: &[Range<usize>], width: usize,
+    threads: &Threads, matrix: &mut [T], columns: usize, row_blocks: &[Range<usize>], width: usize,
     work: impl Fn(Tile<'_, T>) + Sync,
 ) {
     assert!(row_blocks.windows(2).all(|pair| pair[0].end <= pair[1].start), "runs of rows overlap");
     let num_column_blocks = columns.div_ceil(width);
     let matrix = &Disjoint::new(matrix);
-    threads::for_each(pool, row_blocks.len() * num_column_blocks, |index| {
+    threads.for_each(row_blocks.len() * num_column_blocks, |index| {
         let (row_block, column_block) = (index / num_column_blocks, index % num_column_blocks);
         let first = column_block * width;
         let (rows, tile_columns) = (row_blocks[row_block].clone(), first..columns.min(first + width));
@@ -101,9 +99,9 @@ mod tests {
 
     #[test]
     fn tiles_cover_a_matrix_once() {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        let threads = Threads::new(3).unwrap();
         let mut matrix = vec![0u32; 20 * 11];
-        for_each(&pool, &mut matrix, 11, &[2..5, 5..6, 10..19], 4, |mut tile| {
+        for_each(&threads, &mut matrix, 11, &[2..5, 5..6, 10..19], 4, |mut tile| {
             for row in tile.rows() {
                 let columns = tile.columns();
                 tile.row(row).iter_mut().zip(columns).for_each(|(to, column)| *to += (100 * row + column) as u32 + 1);

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use cogvlm_backend::conformance::{ARENA_BYTES, checks};
 use cogvlm_backend::conformance_suite;
 use cogvlm_core::{DType, Device};
-use cogvlm_cpu::{CpuBackend, Isa};
+use cogvlm_cpu::{CpuBackend, Isa, Threads};
 
 fn backend(activations: DType, threads: usize, isa: Isa) -> CpuBackend {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads can be started");
+    let threads = Threads::new(threads).expect("threads can be started");
     let backend =
-        CpuBackend::new(Device::Cpu, ARENA_BYTES, activations, Arc::new(pool)).expect("f32 and bf16 are supported");
+        CpuBackend::new(Device::Cpu, ARENA_BYTES, activations, Arc::new(threads)).expect("f32 and bf16 are supported");
     backend.with_isa(isa)
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cogvlm_backend::{Backend, Batch, HeadGeometry, SequenceRows, oracle};
 use cogvlm_core::workspace::{BLOCK_LEN, StepLimits};
 use cogvlm_core::{DType, Device};
-use cogvlm_cpu::{CpuBackend, Isa};
+use cogvlm_cpu::{CpuBackend, Isa, Threads};
 use half::bf16;
 
 const HEADS: HeadGeometry = HeadGeometry { num_heads: 2, num_kv_heads: 1, head_dim: 40 };
@@ -29,8 +29,8 @@ fn values(dtype: DType, count: usize, mut seed: u32) -> Vec<f32> {
 }
 
 fn backend(dtype: DType, isa: Isa) -> CpuBackend {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("threads can be started");
-    CpuBackend::new(Device::Cpu, 64 << 20, dtype, Arc::new(pool)).expect("f32 and bf16 are supported").with_isa(isa)
+    let threads = Threads::new(2).expect("threads can be started");
+    CpuBackend::new(Device::Cpu, 64 << 20, dtype, Arc::new(threads)).expect("f32 and bf16 are supported").with_isa(isa)
 }
 
 fn difference(a: &[f32], b: &[f32]) -> f32 {

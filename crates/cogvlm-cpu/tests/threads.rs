@@ -5,14 +5,14 @@ use std::sync::Arc;
 use cogvlm_backend::conformance::VecTensor;
 use cogvlm_backend::{Activation, Backend};
 use cogvlm_core::{DType, Device};
-use cogvlm_cpu::{CpuBackend, Isa};
+use cogvlm_cpu::{CpuBackend, Isa, Threads};
 
 /// The bits of `gelu(x Wᵀ)`, W attached or loaded.
 fn linear(dtype: DType, isa: Isa, threads: usize, rows: usize, attached: bool) -> Vec<u32> {
     const DEPTH: usize = 1100;
     const WIDTH: usize = 333;
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads can be started");
-    let cpu = CpuBackend::new(Device::Cpu, 64 << 20, dtype, Arc::new(pool)).expect("f32 and bf16 are supported");
+    let threads = Threads::new(threads).expect("threads can be started");
+    let cpu = CpuBackend::new(Device::Cpu, 64 << 20, dtype, Arc::new(threads)).expect("f32 and bf16 are supported");
     let cpu = cpu.with_isa(isa);
     let value = |index: usize| (index * 7919 % 1009) as f32 / 1009.0 - 0.5;
     let weight: Vec<f32> = (0..DEPTH * WIDTH).map(value).collect();

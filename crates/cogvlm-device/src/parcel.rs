@@ -83,11 +83,12 @@ mod tests {
     use std::sync::Arc;
 
     use cogvlm_core::Device;
+    use cogvlm_cpu::Threads;
 
     use super::*;
 
     fn backend(activations: DType) -> AnyBackend {
-        let threads = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread can be started");
+        let threads = Threads::new(1).expect("a thread can be started");
         let cpu = CpuBackend::new(Device::Cpu, 1 << 20, activations, Arc::new(threads));
         AnyBackend::Cpu(cpu.expect("f32 and bf16 are supported"))
     }

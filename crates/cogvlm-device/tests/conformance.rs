@@ -5,12 +5,12 @@ use std::sync::Arc;
 use cogvlm_backend::conformance::ARENA_BYTES;
 use cogvlm_backend::conformance_suite;
 use cogvlm_core::{DType, Device};
-use cogvlm_cpu::CpuBackend;
+use cogvlm_cpu::{CpuBackend, Threads};
 use cogvlm_device::AnyBackend;
 
 fn cpu(activations: DType) -> AnyBackend {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("threads can be started");
-    let backend = CpuBackend::new(Device::Cpu, ARENA_BYTES, activations, Arc::new(pool));
+    let threads = Threads::new(2).expect("threads can be started");
+    let backend = CpuBackend::new(Device::Cpu, ARENA_BYTES, activations, Arc::new(threads));
     AnyBackend::Cpu(backend.expect("f32 and bf16 are supported"))
 }
 

@@ -9,7 +9,7 @@ use cogvlm_core::memory::MIB;
 use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, Unit};
-use cogvlm_cpu::CpuBackend;
+use cogvlm_cpu::{CpuBackend, Threads};
 use cogvlm_cuda::CudaBackend;
 use cogvlm_device::AnyBackend;
 use cogvlm_pipeline::{Engine, Event, Image, Request, load_plan};
@@ -34,7 +34,7 @@ fn request_for(source: &ModelSource, budgets: &[(Device, u64)], policy: Policy) 
 
 fn engine(source: &ModelSource, plan: &Plan) -> Engine<AnyBackend> {
     let num_gpus = cogvlm_cuda::usable_devices().unwrap_or_else(|error| panic!("{error}")).len() as u32;
-    let threads = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("threads can be started"));
+    let threads = Arc::new(Threads::new(2).expect("threads can be started"));
     let make = |planned: &DevicePlan| {
         let capacity = planned.used_bytes() - planned.reserved_bytes;
         Ok(match planned.device {

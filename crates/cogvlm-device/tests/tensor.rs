@@ -8,7 +8,7 @@ use cogvlm_checkpoint::{ModelSource, Monitor, SyntheticModel, write_checkpoint};
 use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, Phase};
-use cogvlm_cpu::CpuBackend;
+use cogvlm_cpu::{CpuBackend, Threads};
 use cogvlm_cuda::CudaBackend;
 use cogvlm_device::AnyBackend;
 use cogvlm_parallel::TensorParallel;
@@ -36,7 +36,7 @@ fn request_for(source: &ModelSource, num_cards: u32, activations: DType) -> Plan
 
 /// On GPUs, or on virtual ranks of the host.
 fn engine(source: &ModelSource, plan: &Plan, num_gpus: Option<u32>) -> Engine<Group> {
-    let threads = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("threads can be started"));
+    let threads = Arc::new(Threads::new(2).expect("threads can be started"));
     let member = |planned: &DevicePlan| -> Result<(Device, AnyBackend), BackendError> {
         let (device, capacity, activations) = (planned.device, planned.used_bytes(), plan.activation_dtype);
         let backend = match (device, num_gpus) {

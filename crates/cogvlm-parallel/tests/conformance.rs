@@ -5,12 +5,12 @@ use std::sync::Arc;
 use cogvlm_backend::conformance::ARENA_BYTES;
 use cogvlm_backend::conformance_suite;
 use cogvlm_core::{DType, Device};
-use cogvlm_cpu::CpuBackend;
+use cogvlm_cpu::{CpuBackend, Threads};
 use cogvlm_parallel::TensorParallel;
 
 fn alone(activations: DType) -> TensorParallel<CpuBackend> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("threads can be started");
-    let member = CpuBackend::new(Device::Cpu, ARENA_BYTES, activations, Arc::new(pool));
+    let threads = Threads::new(2).expect("threads can be started");
+    let member = CpuBackend::new(Device::Cpu, ARENA_BYTES, activations, Arc::new(threads));
     TensorParallel::alone(Device::Cpu, member.expect("f32 and bf16 are supported"))
 }
 

@@ -8,7 +8,7 @@ use cogvlm_checkpoint::ModelSource;
 use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device};
-use cogvlm_cpu::CpuBackend;
+use cogvlm_cpu::{CpuBackend, Threads};
 use cogvlm_parallel::TensorParallel;
 use cogvlm_pipeline::{Engine, Event, Image, Request, RequestId, load_plan};
 use cogvlm_plan::links::Links;
@@ -36,7 +36,7 @@ type Group = TensorParallel<CpuBackend>;
 
 /// An engine of `plan`; members have arenas of exactly what is planned.
 fn engine(source: &ModelSource, plan: &Plan, activations: DType) -> Engine<Group> {
-    let threads = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap());
+    let threads = Arc::new(Threads::new(2).unwrap());
     let member = |planned: &DevicePlan| {
         let backend = CpuBackend::new(planned.device, planned.used_bytes(), activations, Arc::clone(&threads))?;
         Ok::<_, BackendError>((planned.device, backend))
@@ -148,7 +148,7 @@ fn members_answer_as_one_device_does() {
 #[test]
 fn groups_that_cannot_be_are_refused() {
     let source = ModelSource::open("tiny@11").unwrap();
-    let threads = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap());
+    let threads = Arc::new(Threads::new(1).unwrap());
     let members = |activations: &[DType]| -> Vec<(Device, CpuBackend)> {
         let backend = |(index, dtype): (usize, &DType)| {
             let device = Device::Gpu(index as u32);

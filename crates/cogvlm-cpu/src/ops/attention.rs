@@ -49,7 +49,7 @@ pub(crate) fn attention<T: Element>(
             owners.push(sequence);
         }
     }
-    tiles::for_each(&cpu.pool, out, width, &row_blocks, head_dim, |mut tile| {
+    tiles::for_each(&cpu.threads, out, width, &row_blocks, head_dim, |mut tile| {
         let (rows, head) = (tile.rows(), tile.columns().start / head_dim);
         let sequence = owners[row_blocks.partition_point(|block| block.start < rows.start)];
         let kv_head = head / (num_heads / num_kv_heads);

@@ -28,7 +28,7 @@ pub(crate) fn gate_up<T: Element>(
     for range in ranges.iter().filter(|range| !range.rows.is_empty()) {
         let weights = [expert_weight(OP, gate, range)?, expert_weight(OP, up, range)?];
         let product = Product { input: Input::Rows(x), rows: range.rows.clone(), depth, weights };
-        product.finish_rows(cpu.isa, &cpu.pool, out, width, |_, _, [gate, up], out| {
+        product.finish_rows(cpu.isa, &cpu.threads, out, width, |_, _, [gate, up], out| {
             vectorised!(cpu.isa, {
                 for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
                     *out = T::of(T::round(math::silu(T::round(*gate))) * T::round(*up));

@@ -20,7 +20,7 @@ pub(crate) fn image_attention<T: Element>(
     let out = out.view_mut::<T>(OP, "out")?;
     let images = (0..num_images).map(|image| image * num_tokens..(image + 1) * num_tokens);
     let row_blocks: Vec<_> = images.flat_map(|rows| tiles::row_blocks(rows, QUERY_ROWS, 12)).collect();
-    tiles::for_each(&cpu.pool, out, width, &row_blocks, head_dim, |mut tile| {
+    tiles::for_each(&cpu.threads, out, width, &row_blocks, head_dim, |mut tile| {
         let (rows, columns) = (tile.rows(), tile.columns());
         let first_token = rows.start / num_tokens * num_tokens;
         let part =

@@ -27,7 +27,7 @@ pub(crate) fn layer_norm_gelu<T: Element>(
     }
     let [weight, bias] = &[weight, bias].map(CpuWeight::to_f32);
     let x = x.view_mut::<T>(OP, "x")?;
-    tiles::for_each(&cpu.pool, x, width, &tiles::row_blocks(0..rows, ROWS, 1), width, |mut tile| {
+    tiles::for_each(&cpu.threads, x, width, &tiles::row_blocks(0..rows, ROWS, 1), width, |mut tile| {
         let mut before = vec![T::of(0.0); width];
         for row in tile.rows() {
             let x = tile.row(row);

@@ -30,7 +30,7 @@ pub(crate) fn layer_norm_residual<T: Element>(
     let [weight, bias] = &[weight, bias].map(CpuWeight::to_f32);
     let branch = branch.view::<T>(OP, "branch")?;
     let residual = residual.view_mut::<T>(OP, "residual")?;
-    tiles::for_each(&cpu.pool, residual, width, &tiles::row_blocks(0..rows, ROWS, 1), width, |mut tile| {
+    tiles::for_each(&cpu.threads, residual, width, &tiles::row_blocks(0..rows, ROWS, 1), width, |mut tile| {
         for row in tile.rows() {
             let (branch, residual) = (&branch[row * width..][..width], tile.row(row));
             vectorised!(cpu.isa, {

@@ -25,7 +25,7 @@ pub(crate) fn linear<T: Element>(
     let bias = bias.map_or_else(|| vec![0.0; width], CpuWeight::to_f32);
     let product = Product { input: Input::Rows(x.view::<T>(OP, "x")?), rows: 0..rows, depth, weights: [weight] };
     let out = out.view_mut::<T>(OP, "out")?;
-    product.finish_rows(cpu.isa, &cpu.pool, out, width, |_, columns, [sums], out| {
+    product.finish_rows(cpu.isa, &cpu.threads, out, width, |_, columns, [sums], out| {
         let bias = &bias[columns];
         vectorised!(cpu.isa, {
             let elements = out.iter_mut().zip(sums).zip(bias);

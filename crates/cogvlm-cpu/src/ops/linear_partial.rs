@@ -26,7 +26,7 @@ pub(crate) fn linear_partial<T: Element>(
     for range in ranges.iter().filter(|range| !range.rows.is_empty()) {
         let weight = expert_weight(OP, weights, range)?;
         let product = Product { input: Input::Rows(x), rows: range.rows.clone(), depth, weights: [weight] };
-        product.finish_rows(cpu.isa, &cpu.pool, out, width, |_, _, [sums], out| out.copy_from_slice(sums));
+        product.finish_rows(cpu.isa, &cpu.threads, out, width, |_, _, [sums], out| out.copy_from_slice(sums));
     }
     Ok(())
 }

@@ -27,7 +27,7 @@ pub(crate) fn linear_residual<T: Element>(
     for range in ranges.iter().filter(|range| !range.rows.is_empty()) {
         let weight = expert_weight(OP, weights, range)?;
         let product = Product { input: Input::Rows(x), rows: range.rows.clone(), depth, weights: [weight] };
-        product.finish_rows(cpu.isa, &cpu.pool, residual, width, |_, _, [sums], residual| {
+        product.finish_rows(cpu.isa, &cpu.threads, residual, width, |_, _, [sums], residual| {
             vectorised!(cpu.isa, {
                 for (residual, sum) in residual.iter_mut().zip(sums) {
                     *residual = T::of(residual.get() + T::round(*sum));

@@ -19,7 +19,7 @@ pub(crate) fn logits<T: Element>(
     expect_weight(OP, "weight", weight, &[vocab_size, depth])?;
     let product = Product { input: Input::Rows(x.view::<T>(OP, "x")?), rows: 0..rows, depth, weights: [weight] };
     let logits = logits.view_mut::<f32>(OP, "logits")?;
-    product.finish_rows(cpu.isa, &cpu.pool, logits, vocab_size, |_, _, [sums], logits| {
+    product.finish_rows(cpu.isa, &cpu.threads, logits, vocab_size, |_, _, [sums], logits| {
         logits.iter_mut().zip(sums).for_each(|(logit, sum)| *logit = T::round(*sum));
     });
     Ok(())

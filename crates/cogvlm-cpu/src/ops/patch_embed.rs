@@ -44,7 +44,7 @@ pub(crate) fn patch_embed<T: Element>(
     let product = Product { input: Input::Made(&patch), rows, depth, weights: [weights.projection] };
     let [bias, class, position] = [weights.bias, weights.class, weights.position].map(CpuWeight::to_f32);
     let out = out.view_mut::<T>(OP, "out")?;
-    product.finish_rows(cpu.isa, &cpu.pool, out, width, |row, columns, [sums], out| {
+    product.finish_rows(cpu.isa, &cpu.threads, out, width, |row, columns, [sums], out| {
         let token = row % num_tokens;
         let position = &position[token * width..][columns.clone()];
         for (index, out) in out.iter_mut().enumerate() {

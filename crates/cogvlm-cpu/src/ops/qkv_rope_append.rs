@@ -51,7 +51,7 @@ pub(crate) fn qkv_rope_append<T: Element>(
         let product = Product { input: Input::Rows(x), rows: range.rows.clone(), depth, weights };
         // The product is cut into heads. It is a matrix of nothing: what is computed of it goes elsewhere.
         let heads = &mut vec![(); rows * columns];
-        product.finish_tiles(cpu.isa, &cpu.pool, heads, columns, head_dim, |tile, sums| {
+        product.finish_tiles(cpu.isa, &cpu.threads, heads, columns, head_dim, |tile, sums| {
             let head = tile.columns().start / head_dim;
             for row in tile.rows() {
                 let [sums] = sums.row(row - tile.rows().start);

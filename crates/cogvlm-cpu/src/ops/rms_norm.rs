@@ -34,7 +34,7 @@ pub(super) fn norm_rows<T: Element>(
     }
     let (x, weight) = (x.view::<T>(op, "x")?, &weight.to_f32());
     let out = out.view_mut::<T>(op, "out")?;
-    tiles::for_each(&cpu.pool, out, width, &tiles::row_blocks(0..rows, ROWS, 1), width, |mut tile| {
+    tiles::for_each(&cpu.threads, out, width, &tiles::row_blocks(0..rows, ROWS, 1), width, |mut tile| {
         for row in tile.rows() {
             let x = &x[source(row) * width..][..width];
             let out = tile.row(row);

@@ -8,7 +8,7 @@ use cogvlm_checkpoint::ModelSource;
 use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, ModelSpec};
-use cogvlm_cpu::CpuBackend;
+use cogvlm_cpu::{CpuBackend, Threads};
 use cogvlm_pipeline::{Engine, Event, Image, Request, RequestId, WeightSource, load_plan};
 use cogvlm_plan::links::{CardRates, HostRates, Links};
 use cogvlm_plan::plan;
@@ -66,7 +66,7 @@ pub(crate) fn engine(source: &ModelSource, plan: &Plan, activations: DType, num_
 pub(crate) fn engine_of(
     source: &dyn WeightSource, spec: &ModelSpec, plan: &Plan, activations: DType, num_threads: usize,
 ) -> Engine<CpuBackend> {
-    let threads = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(num_threads).build().unwrap());
+    let threads = Arc::new(Threads::new(num_threads).unwrap());
     let make = |device: &DevicePlan| {
         let capacity = device.used_bytes() - device.reserved_bytes;
         CpuBackend::new(device.device, capacity, activations, Arc::clone(&threads))

@@ -7,7 +7,7 @@ use cogvlm_backend::{Backend, Batch, HeadGeometry, SequenceRows};
 use cogvlm_core::tokens::ExpertRange;
 use cogvlm_core::workspace::{BLOCK_LEN, StepLimits};
 use cogvlm_core::{DType, Device, Expert};
-use cogvlm_cpu::CpuBackend;
+use cogvlm_cpu::{CpuBackend, Threads};
 use cogvlm_device::{AnyBackend, Buffer};
 
 const ARENA_BYTES: u64 = 64 << 20;
@@ -15,8 +15,8 @@ const HEADS: HeadGeometry = HeadGeometry { num_heads: 4, num_kv_heads: 4, head_d
 const NUM_BLOCKS: usize = 40;
 
 fn cpu(device: Device, activations: DType) -> AnyBackend {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("threads can be started");
-    let backend = CpuBackend::new(device, ARENA_BYTES, activations, Arc::new(pool));
+    let threads = Threads::new(2).expect("threads can be started");
+    let backend = CpuBackend::new(device, ARENA_BYTES, activations, Arc::new(threads));
     AnyBackend::Cpu(backend.expect("f32 and bf16 are supported"))
 }
 

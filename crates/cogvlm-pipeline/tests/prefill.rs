@@ -11,7 +11,7 @@ use cogvlm_backend::{HostReadError, HostTensor, HostWeight};
 use cogvlm_checkpoint::ModelSource;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, TensorSpec, Unit};
-use cogvlm_cpu::CpuBackend;
+use cogvlm_cpu::{CpuBackend, Threads};
 use cogvlm_pipeline::{CachedPrefix, Engine, Event, Request, WeightSource};
 use cogvlm_plan::plan::{Plan, Policy, Prefill};
 use tracing::field::{Field, Visit};
@@ -260,7 +260,7 @@ fn prompts_are_the_cards_and_decoding_is_the_hosts() {
     let of_all_text = from_rows(&of_all_text, 5);
     assert_eq!(run(&of_all_text, &[7, 8, 9], true), [vec![prompt, 1, 1], vec![prompt]]);
     // A host whose activations are of another type has another cache: it computes all by itself.
-    let threads = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap());
+    let threads = Arc::new(Threads::new(1).unwrap());
     let make = |planned: &cogvlm_plan::plan::DevicePlan| {
         let activations = if planned.device == Device::Cpu { DType::Bf16 } else { DType::F32 };
         CpuBackend::new(planned.device, planned.used_bytes(), activations, Arc::clone(&threads))

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use cogvlm_backend::shape::unsupported;
 use cogvlm_backend::{
-    Activation, Backend, BackendError, Batch, BufferRole, ExpertWeights, FollowingNorm, HeadGeometry, HostRows,
-    HostWeight, MemoryUse, PatchGeometry, PatchWeights, Portable, RopeMode, SampleRequest, Shardable, StagedSource,
+    Activation, Backend, BackendError, Batch, BufferRole, ExpertWeights, FollowingNorm, HeadGeometry, HostWeight,
+    MemoryUse, PatchGeometry, PatchWeights, RopeMode, SampleRequest, Shardable, StagedSource,
 };
 use cogvlm_core::sharing::{NUM_EXCHANGES, Sharing, attended_columns, check_even, exchange_shape};
 use cogvlm_core::tokens::ExpertRange;
@@ -15,20 +15,20 @@ use cogvlm_core::workspace::{BufferKind, PARCEL_ALIGN, StepLimits};
 use cogvlm_core::{DType, Device, ModelSpec, TensorSpec};
 
 use crate::shard::Shard;
-use crate::shares::{SharedBuffer, SharedRing, SharedWeight, of_member};
+use crate::shares::{SharedBuffer, SharedRing, SharedWeight, covered_rows, of_member};
 
 /// Devices of one kind that compute every layer together, or one device alone.
 ///
 /// Operations are called member after member from the caller's thread, and wait for nobody: members meet where they add
 /// up sums. That is put off until it is known what follows, so that a norm is done along with it.
 pub struct TensorParallel<B: Shardable> {
-    members: Vec<B>,
+    pub(crate) members: Vec<B>,
     devices: Vec<Device>,
     /// `None` for a member alone.
-    group: Option<Group<B>>,
+    pub(crate) group: Option<Group<B>>,
 }
 
-struct Group<B: Shardable> {
+pub(crate) struct Group<B: Shardable> {
     /// Rows of queries, keys and values in a fused projection.
     qkv_parts: [usize; 3],
     /// Columns that each member attends to.
@@ -86,7 +86,7 @@ impl<B: Shardable> TensorParallel<B> {
         &self.members
     }
 
-    fn first(&self) -> &B {
+    pub(crate) fn first(&self) -> &B {
         &self.members[0]
     }
 
@@ -102,7 +102,7 @@ impl<B: Shardable> TensorParallel<B> {
     }
 
     /// Adds up what is still to be added up.
-    fn settle(&self) -> Result<(), BackendError> {
+    pub(crate) fn settle(&self) -> Result<(), BackendError> {
         let Some(mut state) = self.state() else { return Ok(()) };
         let State { exchanges, pending, .. } = &mut *state;
         let Some(Pending { residual, slot, rows }) = pending.take() else { return Ok(()) };
@@ -147,14 +147,6 @@ impl<B: Shardable> TensorParallel<B> {
         Ok(HeadGeometry { num_heads: num_heads / count, num_kv_heads: num_kv_heads / count, head_dim })
     }
 
-    /// Refuses what only a device alone does.
-    fn expect_alone(&self, op: &'static str) -> Result<(), BackendError> {
-        match &self.group {
-            None => Ok(()),
-            Some(_) => Err(unsupported(op, "devices that compute together have no memory in common with others")),
-        }
-    }
-
     fn alloc_parts(
         &self, sharing: Sharing, what: &'static str, dtype: DType, [rows, columns]: [usize; 2],
     ) -> Result<Vec<B::Buffer>, BackendError> {
@@ -168,18 +160,6 @@ impl<B: Shardable> TensorParallel<B> {
             _ => self.each(count, |(_, member)| member.alloc(what, dtype, [rows, columns / count])),
         }
     }
-}
-
-/// Rows that `ranges` cover from the first on, one range after the other.
-fn covered_rows(op: &'static str, ranges: &[ExpertRange]) -> Result<usize, BackendError> {
-    let mut covered = 0;
-    for range in ranges {
-        if range.rows.start != covered {
-            return Err(unsupported(op, "devices that compute together add up rows without gaps"));
-        }
-        covered = range.rows.end.max(covered);
-    }
-    Ok(covered)
 }
 
 impl<B: Shardable> Backend for TensorParallel<B> {
@@ -243,15 +223,12 @@ impl<B: Shardable> Backend for TensorParallel<B> {
         &self, what: &'static str, dtype: DType, shape: [usize; 2],
     ) -> Result<SharedBuffer<B>, BackendError> {
         self.expect_alone("alloc_shared")?;
-        let buffer = self.first().alloc_shared(what, dtype, shape)?;
-        Ok(SharedBuffer::new(Sharing::Replicated, vec![buffer], Vec::new()))
+        Ok(SharedBuffer::alone(self.first().alloc_shared(what, dtype, shape)?))
     }
 
     fn share(&self, buffer: &SharedBuffer<B>) -> Result<SharedBuffer<B>, BackendError> {
-        const OP: &str = "share";
-        self.expect_alone(OP)?;
-        let buffer = self.first().share(buffer.lock().input(OP, 0)?)?;
-        Ok(SharedBuffer::new(Sharing::Replicated, vec![buffer], Vec::new()))
+        self.expect_alone("share")?;
+        Ok(SharedBuffer::alone(self.first().share(buffer.lock().input("share", 0)?)?))
     }
 
     fn load(&self, weight: &HostWeight) -> Result<Self::Weight, BackendError> {
@@ -713,18 +690,5 @@ impl<B: Shardable> Backend for TensorParallel<B> {
             self.members[index].copy_weight_rows(weight, destination.output(OP, index)?, first_row)?;
         }
         Ok(())
-    }
-}
-
-/// Rows leave and enter a group once: every member has the same.
-impl<B: Shardable + Portable> Portable for TensorParallel<B> {
-    fn pack(&self, parcel: Self::Parcel) -> Result<HostRows, BackendError> {
-        self.settle()?;
-        let first = parcel.into_iter().next();
-        first.map_or_else(|| Err(unsupported("pack", "rows of no device")), |parcel| self.first().pack(parcel))
-    }
-
-    fn unpack(&self, rows: HostRows) -> Result<Self::Parcel, BackendError> {
-        self.members.iter().map(|member| member.unpack(rows.clone())).collect()
     }
 }

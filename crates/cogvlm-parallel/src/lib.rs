@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod group;
+mod outside;
 mod shard;
 mod shares;
 

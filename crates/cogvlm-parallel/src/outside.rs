@@ -1,0 +1,29 @@
+//! What a group has with others: rows that leave the process, memory in common.
+
+use cogvlm_backend::shape::unsupported;
+use cogvlm_backend::{BackendError, HostRows, Portable, Shardable};
+
+use crate::group::TensorParallel;
+
+impl<B: Shardable> TensorParallel<B> {
+    /// Refuses what only a device alone does.
+    pub(crate) fn expect_alone(&self, op: &'static str) -> Result<(), BackendError> {
+        match &self.group {
+            None => Ok(()),
+            Some(_) => Err(unsupported(op, "devices that compute together have no memory in common with others")),
+        }
+    }
+}
+
+/// Rows leave and enter a group once: every member has the same.
+impl<B: Shardable + Portable> Portable for TensorParallel<B> {
+    fn pack(&self, parcel: Self::Parcel) -> Result<HostRows, BackendError> {
+        self.settle()?;
+        let first = parcel.into_iter().next();
+        first.map_or_else(|| Err(unsupported("pack", "rows of no device")), |parcel| self.first().pack(parcel))
+    }
+
+    fn unpack(&self, rows: HostRows) -> Result<Self::Parcel, BackendError> {
+        self.members.iter().map(|member| member.unpack(rows.clone())).collect()
+    }
+}

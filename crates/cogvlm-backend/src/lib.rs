@@ -13,6 +13,7 @@ pub mod rope;
 pub mod sampling;
 pub mod shape;
 pub mod shardable;
+pub mod shared_memory;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -29,6 +30,7 @@ pub use error::{BackendError, HostReadError};
 pub use rope::RopeMode;
 pub use sampling::{SampleRequest, SamplingParams};
 pub use shardable::{FollowingNorm, Shardable};
+pub use shared_memory::SharedMemory;
 
 /// A weight where it rests on the host: in a mapped file, or as a rule that makes it.
 pub trait HostTensor: Send + Sync {
@@ -262,6 +264,26 @@ pub trait Backend: Send + Sync + 'static {
         &self, _role: BufferRole, what: &'static str, dtype: DType, shape: [usize; 2],
     ) -> Result<Self::Buffer, BackendError> {
         self.alloc(what, dtype, shape)
+    }
+
+    /// As [`alloc`](Self::alloc), in host memory that other devices of the process can use too
+    /// ([`share`](Self::share)): devices that compute on the host have it.
+    fn alloc_shared(
+        &self, _what: &'static str, _dtype: DType, _shape: [usize; 2],
+    ) -> Result<Self::Buffer, BackendError> {
+        Err(shape::unsupported("alloc_shared", "memory for several devices is taken by those that compute on the host"))
+    }
+
+    /// What [`alloc_shared`](Self::alloc_shared) of another device gave, as a buffer of this one; the arena has nothing
+    /// of it. What operations of either device write to it, operations of the other find there that are called once the
+    /// first are done; [`qkv_rope_append`](Self::qkv_rope_append) and [`attention`](Self::attention) take such a buffer
+    /// as `kv`.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`] for another kind of buffer; [`BackendError::Device`] where the system does not let
+    /// the device use the memory.
+    fn share(&self, _buffer: &Self::Buffer) -> Result<Self::Buffer, BackendError> {
+        Err(shape::unsupported("share", "this backend has no memory in common with others"))
     }
 
     /// Copies a weight into the device's memory.

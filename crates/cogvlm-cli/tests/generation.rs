@@ -348,6 +348,43 @@ fn many_prompts_are_answered_as_each_alone() {
     }
 }
 
+/// Prompts go another way through the ranks than tokens do, and nothing else is another.
+#[test]
+fn a_card_prefills_what_the_host_decodes() {
+    let dir = TempDir::new().unwrap();
+    // A host that reads fast and computes slowly, beside a card at a slow link.
+    let host =
+        json!({"read_bytes_per_s": 4e12, "f32_flops_per_s": 4e9, "bf16_flops_per_s": 4e9, "disk_bytes_per_s": null});
+    let card = json!({"name": "a card", "copy_bytes_per_s": 8e11, "product_flops_per_s": 5e13,
+        "from_host_bytes_per_s": 3e8, "to_host_bytes_per_s": 2e10, "host_hop_s": 2e-5});
+    let links = json!({"schema": "cogvlm-shard.links/1", "measured_on": {"machine": "desk", "driver": null, "cuda": null},
+        "host": host, "devices": {"0": card}, "pairs": []});
+    let links = write_json(dir.path(), "links.json", &links);
+    let placement = ["--max-memory", "0:11MiB,cpu:64MiB", "--links", arg(&links)];
+    let plan = ["plan", "tiny@11", "--backend", "cpu", "--dtype", "f32", "--context", "192", "--json"];
+    let plan = cogvlm_json(&[&plan[..], &placement].concat());
+    assert_eq!(plan["prefill"]["device"], 0, "{plan}");
+    let file = write_json(dir.path(), "plan.json", &plan);
+    for flags in [&["--image", IMAGE][..], &["--template", "base"], &["--image", IMAGE, "--template", "vqa"]] {
+        let expected = question(flags);
+        let by_plan = ["--device-map", arg(&file)];
+        for placement in [&placement[..], &by_plan] {
+            let found = question(&[flags, placement].concat());
+            for key in ["input_ids", "output_ids", "text", "finish_reason"] {
+                assert_eq!(found[key], expected[key], "{key} with {flags:?} {placement:?}");
+            }
+            for (device, peak) in found["memory"].as_object().expect("peaks of arenas") {
+                let budget = plan["devices"][device]["budget_bytes"].as_u64().unwrap();
+                assert!(peak.as_u64().unwrap() <= budget, "{device}: {peak} of {budget}");
+            }
+        }
+    }
+    let (expected, _) = chat(&["--image", IMAGE], "What is it?\nWhy is that so, and since when?\n");
+    let (found, _) =
+        chat(&[&["--image", IMAGE][..], &placement].concat(), "What is it?\nWhy is that so, and since when?\n");
+    assert_eq!(found, expected);
+}
+
 /// Teacher forcing with an answer's own tokens is that answer.
 #[test]
 fn forced_with_its_own_tokens_an_answer_is_itself() {

@@ -104,6 +104,14 @@ impl Backend for CpuBackend {
         CpuBuffer::take(&self.arena, what, dtype, shape)
     }
 
+    fn alloc_shared(&self, what: &'static str, dtype: DType, shape: [usize; 2]) -> Result<CpuBuffer, BackendError> {
+        CpuBuffer::take_shared(&self.arena, what, dtype, shape)
+    }
+
+    fn share(&self, buffer: &CpuBuffer) -> Result<CpuBuffer, BackendError> {
+        buffer.share()
+    }
+
     fn load(&self, weight: &HostWeight) -> Result<CpuWeight, BackendError> {
         CpuWeight::load(&self.arena, &self.threads, weight)
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use cogvlm_backend::shape::unsupported;
 use cogvlm_backend::{
     Activation, Backend, BackendError, Batch, ExpertWeights, HeadGeometry, HostWeight, MemoryUse, PatchGeometry,
-    PatchWeights, RopeMode, SampleRequest, StagedSource,
+    PatchWeights, RopeMode, SampleRequest, SharedMemory, StagedSource,
 };
 use cogvlm_core::tokens::ExpertRange;
 use cogvlm_core::workspace::StepLimits;
@@ -112,6 +112,17 @@ impl CudaBackend {
     #[must_use]
     pub fn with_load_path(self, path: LoadPath) -> Self {
         Self { loader: Arc::new(Loader::new(&self.gpu, path)), ..self }
+    }
+
+    /// `memory`, which the host's operations use as well, as a buffer of this device; row-major, and no longer than the
+    /// memory. The device reads and writes it over its link.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`] where the driver does not lock the memory.
+    pub fn share_host(
+        &self, memory: &SharedMemory, dtype: DType, shape: [usize; 2],
+    ) -> Result<CudaBuffer, BackendError> {
+        CudaBuffer::in_host_memory(&self.gpu, memory, dtype, shape)
     }
 
     /// Free and total bytes of the device, as the driver sees them.

@@ -67,7 +67,7 @@ pub(crate) fn random_weight(cuda: &CudaBackend, shape: &[usize]) -> Result<CudaW
     };
     let values = random_buffer(cuda, rows, columns)?;
     let loaded = cuda.moment()?;
-    Ok(CudaWeight::resident(cuda.activations, shape.to_vec(), values.into_memory(), loaded))
+    Ok(CudaWeight::resident(cuda.activations, shape.to_vec(), values.into_memory()?, loaded))
 }
 
 struct Bench<'a> {

@@ -1,18 +1,28 @@
 //! Buffers.
 
-use cogvlm_backend::BackendError;
-use cogvlm_backend::shape::{buffer_bytes, unsupported};
+use std::sync::Arc;
+
+use cogvlm_backend::shape::{buffer_bytes, expect, unsupported};
+use cogvlm_backend::{BackendError, SharedMemory};
 use cogvlm_core::DType;
 use cudarc::driver::sys::CUdeviceptr;
 
+use crate::device::Gpu;
 use crate::memory::{DeviceArena, Memory};
+use crate::shared::Locked;
 
-/// A row-major array of f32 or bf16 in the memory of a device.
+/// A row-major array of f32 or bf16 in the memory of a device, or in host memory that the device uses.
 pub struct CudaBuffer {
-    memory: Memory,
+    storage: Storage,
     pub(crate) dtype: DType,
     rows: usize,
     columns: usize,
+}
+
+enum Storage {
+    Own(Memory),
+    /// The host has it too.
+    Shared(Locked),
 }
 
 /// The number by which kernels know an element type (`ElementType` in kernels/include/common.cuh).
@@ -33,21 +43,40 @@ impl CudaBuffer {
         let memory = arena.take(what, num_bytes)?;
         // SAFETY: the memory was just taken.
         unsafe { arena.gpu.zero(memory.address, num_bytes) }?;
-        Ok(Self { memory, dtype, rows, columns })
+        Ok(Self { storage: Storage::Own(memory), dtype, rows, columns })
+    }
+
+    /// A buffer in `memory`, which the host uses too.
+    pub(crate) fn in_host_memory(
+        gpu: &Arc<Gpu>, memory: &SharedMemory, dtype: DType, [rows, columns]: [usize; 2],
+    ) -> Result<Self, BackendError> {
+        let num_bytes = buffer_bytes("shared memory", dtype, [rows, columns])?;
+        let fits = num_bytes <= memory.read().bytes().len();
+        expect("share", "buffer", &[rows, columns], fits, || "at most what the memory holds".to_owned())?;
+        Ok(Self { storage: Storage::Shared(Locked::new(gpu, memory)?), dtype, rows, columns })
     }
 
     /// Its memory, without its shape.
-    pub(crate) fn into_memory(self) -> Memory {
-        self.memory
+    ///
+    /// # Errors
+    /// Where it is not the device's own.
+    pub(crate) fn into_memory(self) -> Result<Memory, BackendError> {
+        match self.storage {
+            Storage::Own(memory) => Ok(memory),
+            Storage::Shared(_) => Err(unsupported("into_memory", "the buffer lies in host memory")),
+        }
     }
 
     pub(crate) fn address(&self) -> CUdeviceptr {
-        self.memory.address
+        match &self.storage {
+            Storage::Own(memory) => memory.address,
+            Storage::Shared(memory) => memory.address,
+        }
     }
 
     /// Address of a row.
     pub(crate) fn row(&self, row: usize) -> CUdeviceptr {
-        self.memory.address + (row * self.row_bytes()) as CUdeviceptr
+        self.address() + (row * self.row_bytes()) as CUdeviceptr
     }
 
     pub(crate) fn row_bytes(&self) -> usize {

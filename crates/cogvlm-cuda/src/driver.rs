@@ -11,7 +11,7 @@ use crate::error::CudaError;
 use crate::kernels;
 
 /// Functions that this crate calls: all of them have to be there before the first call.
-const SYMBOLS: [&str; 46] = [
+const SYMBOLS: [&str; 47] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
@@ -45,6 +45,7 @@ const SYMBOLS: [&str; 46] = [
     "cuMemAlloc_v2",
     "cuMemFree_v2",
     "cuMemHostAlloc",
+    "cuMemHostGetDevicePointer_v2",
     "cuMemFreeHost",
     "cuMemHostRegister_v2",
     "cuMemHostUnregister",

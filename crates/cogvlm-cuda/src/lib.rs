@@ -28,6 +28,7 @@ mod registered;
 mod ring;
 mod sampled;
 mod shardable;
+mod shared;
 mod tables;
 mod tensor_map;
 mod weight;

@@ -72,6 +72,22 @@ impl Backend for AnyBackend {
         Ok(Buffer { dtype, columns: shape[1], on: make!(self.alloc(what, dtype, shape)) })
     }
 
+    fn alloc_shared(&self, what: &'static str, dtype: DType, shape: [usize; 2]) -> Result<Buffer, BackendError> {
+        Ok(Buffer { dtype, columns: shape[1], on: make!(self.alloc_shared(what, dtype, shape)) })
+    }
+
+    /// Between the two kinds too: what the host took, a GPU uses over its link.
+    fn share(&self, buffer: &Buffer) -> Result<Buffer, BackendError> {
+        let Buffer { dtype, columns, .. } = *buffer;
+        let on = match (self, &buffer.on) {
+            (Self::Cuda(cuda), Either::Cpu(buffer)) => {
+                Either::Cuda(cuda.share_host(buffer.shared_memory()?, dtype, buffer.shape())?)
+            }
+            _ => make!(self.share(buffer)),
+        };
+        Ok(Buffer { dtype, columns, on })
+    }
+
     fn load(&self, weight: &HostWeight) -> Result<Weight, BackendError> {
         Ok(make!(self.load(weight)))
     }

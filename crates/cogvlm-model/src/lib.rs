@@ -10,6 +10,6 @@ mod step;
 mod vision;
 mod weights;
 
-pub use rank::{LetPass, LoadError, Rank, RankSpec};
+pub use rank::{LetPass, LoadError, Rank, RankSpec, kv_shape};
 pub use step::{Captured, Crossing, SampleSpec, StageOutput, Step, StepImage, StepKind};
 pub use weights::{GroupKey, GroupSource, SourceTensor, Weights};

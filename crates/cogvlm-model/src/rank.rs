@@ -103,12 +103,14 @@ impl<B: Backend> Workspace<B> {
 }
 
 impl<B: Backend> Rank<B> {
-    /// Allocates workspace and KV cache beside `weights`, which are on `backend` already. After this the rank
-    /// allocates nothing.
+    /// Allocates workspace and KV cache beside `weights`, which are on `backend` already, and `kv`, the caches of layers
+    /// that it shares with another rank. After this the rank allocates nothing.
     ///
     /// # Errors
     /// Where the device has no room.
-    pub fn new(backend: Arc<B>, rank: RankSpec, weights: Weights<B>) -> Result<Self, LoadError> {
+    pub fn new(
+        backend: Arc<B>, rank: RankSpec, weights: Weights<B>, mut kv: HashMap<usize, B::Buffer>,
+    ) -> Result<Self, LoadError> {
         let RankSpec { spec, limits, units, inv_freq, rope_mode } = rank;
         let activations = backend.activation_dtype();
         let mut buffers = HashMap::new();
@@ -130,11 +132,12 @@ impl<B: Backend> Rank<B> {
         if let Some(table) = buffers.get_mut(&BufferKind::RopeTable) {
             backend.write(&rope::table(&inv_freq, limits.context_len, rope_mode, activations), table, 0)?;
         }
-        let mut kv = HashMap::new();
         for unit in &units {
-            if let Unit::DecoderLayer(layer) = unit {
-                let shape = [limits.num_kv_blocks(), BLOCK_LEN * spec.kv_elements_per_token()];
-                kv.insert(*layer, backend.alloc_for(BufferRole::Kv, "KV cache", activations, shape)?);
+            if let Unit::DecoderLayer(layer) = unit
+                && !kv.contains_key(layer)
+            {
+                let buffer = backend.alloc_for(BufferRole::Kv, "KV cache", activations, kv_shape(&spec, &limits))?;
+                kv.insert(*layer, buffer);
             }
         }
         let workspace = Workspace { buffers };
@@ -287,6 +290,11 @@ impl<B: Backend> Rank<B> {
 
 /// Called between the units of a prompt.
 pub type LetPass<'a, B> = &'a mut dyn FnMut(&mut Rank<B>) -> Result<(), BackendError>;
+
+/// Shape of the KV cache of a decoder layer.
+pub fn kv_shape(spec: &ModelSpec, limits: &StepLimits) -> [usize; 2] {
+    [limits.num_kv_blocks(), BLOCK_LEN * spec.kv_elements_per_token()]
+}
 
 /// The groups that a unit takes in a step that uses some experts, in the order in which it takes them.
 fn groups_in_order_of_use(unit: Unit, uses: impl Fn(Expert) -> bool) -> Vec<GroupKey> {

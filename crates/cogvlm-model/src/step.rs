@@ -106,6 +106,11 @@ impl Step {
         self.batch.expert_ranges.iter().any(|range| range.expert == expert)
     }
 
+    /// Whether some sequence has more than one row: its prompt is computed.
+    pub fn is_prefill(&self) -> bool {
+        self.batch.sequences.iter().any(|sequence| sequence.rows.len() > 1)
+    }
+
     /// Whether it computes the next token of every sequence and nothing else: then steps of as many rows differ in
     /// nothing but what tables say.
     pub(crate) fn is_plain_decode(&self) -> bool {
@@ -156,5 +161,6 @@ mod tests {
         silent.batch.logit_rows.pop();
         assert!(!silent.is_plain_decode());
         assert!(!Step::default().is_plain_decode(), "nothing to compute");
+        assert!(step(2, Expert::Language).is_prefill() && !step(1, Expert::Language).is_prefill());
     }
 }

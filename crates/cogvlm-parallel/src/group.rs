@@ -15,20 +15,20 @@ use cogvlm_core::workspace::{BufferKind, PARCEL_ALIGN, StepLimits};
 use cogvlm_core::{DType, Device, ModelSpec, TensorSpec};
 
 use crate::shard::Shard;
-use crate::shares::{SharedBuffer, SharedRing, SharedWeight, of_member};
+use crate::shares::{SharedBuffer, SharedRing, SharedWeight, covered_rows, of_member};
 
 /// Devices of one kind that compute every layer together, or one device alone.
 ///
 /// Operations are called member after member from the caller's thread, and wait for nobody: members meet where they add
 /// up sums. That is put off until it is known what follows, so that a norm is done along with it.
 pub struct TensorParallel<B: Shardable> {
-    members: Vec<B>,
+    pub(crate) members: Vec<B>,
     devices: Vec<Device>,
     /// `None` for a member alone.
-    group: Option<Group<B>>,
+    pub(crate) group: Option<Group<B>>,
 }
 
-struct Group<B: Shardable> {
+pub(crate) struct Group<B: Shardable> {
     /// Rows of queries, keys and values in a fused projection.
     qkv_parts: [usize; 3],
     /// Columns that each member attends to.
@@ -135,7 +135,7 @@ impl<B: Shardable> TensorParallel<B> {
         Ok(HeadGeometry { num_heads: num_heads / count, num_kv_heads: num_kv_heads / count, head_dim })
     }
 
-    fn alloc_shared(
+    fn alloc_parts(
         &self, sharing: Sharing, what: &'static str, dtype: DType, [rows, columns]: [usize; 2],
     ) -> Result<Vec<B::Buffer>, BackendError> {
         let count = self.members.len();
@@ -148,18 +148,6 @@ impl<B: Shardable> TensorParallel<B> {
             _ => self.each(count, |(_, member)| member.alloc(what, dtype, [rows, columns / count])),
         }
     }
-}
-
-/// Rows that `ranges` cover from the first on, one range after the other.
-fn covered_rows(op: &'static str, ranges: &[ExpertRange]) -> Result<usize, BackendError> {
-    let mut covered = 0;
-    for range in ranges {
-        if range.rows.start != covered {
-            return Err(unsupported(op, "devices that compute together add up rows without gaps"));
-        }
-        covered = range.rows.end.max(covered);
-    }
-    Ok(covered)
 }
 
 impl<B: Shardable> Backend for TensorParallel<B> {
@@ -192,7 +180,7 @@ impl<B: Shardable> Backend for TensorParallel<B> {
     }
 
     fn alloc(&self, what: &'static str, dtype: DType, shape: [usize; 2]) -> Result<SharedBuffer<B>, BackendError> {
-        let parts = self.alloc_shared(Sharing::Replicated, what, dtype, shape)?;
+        let parts = self.alloc_parts(Sharing::Replicated, what, dtype, shape)?;
         Ok(SharedBuffer::new(Sharing::Replicated, parts, Vec::new()))
     }
 
@@ -204,7 +192,7 @@ impl<B: Shardable> Backend for TensorParallel<B> {
             BufferRole::Workspace(kind) => kind.sharing(),
             BufferRole::Kv => Sharing::Columns,
         };
-        let parts = self.alloc_shared(sharing, what, dtype, shape)?;
+        let parts = self.alloc_parts(sharing, what, dtype, shape)?;
         let mut attended = Vec::new();
         if role == BufferRole::Workspace(BufferKind::Normed) {
             let shape = [shape[0], group.attended_columns];
@@ -217,6 +205,18 @@ impl<B: Shardable> Backend for TensorParallel<B> {
             state.relay = Some(self.first().outbox(bytes.next_multiple_of(PARCEL_ALIGN as usize))?);
         }
         Ok(SharedBuffer::new(sharing, parts, attended))
+    }
+
+    fn alloc_shared(
+        &self, what: &'static str, dtype: DType, shape: [usize; 2],
+    ) -> Result<SharedBuffer<B>, BackendError> {
+        self.expect_alone("alloc_shared")?;
+        Ok(SharedBuffer::alone(self.first().alloc_shared(what, dtype, shape)?))
+    }
+
+    fn share(&self, buffer: &SharedBuffer<B>) -> Result<SharedBuffer<B>, BackendError> {
+        self.expect_alone("share")?;
+        Ok(SharedBuffer::alone(self.first().share(buffer.lock().input("share", 0)?)?))
     }
 
     fn load(&self, weight: &HostWeight) -> Result<Self::Weight, BackendError> {

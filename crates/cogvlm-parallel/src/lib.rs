@@ -12,7 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod group;
-mod portable;
+mod outside;
 mod shard;
 mod shares;
 

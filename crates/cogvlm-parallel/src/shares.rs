@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cogvlm_backend::shape::unsupported;
 use cogvlm_backend::{Backend, BackendError, ExpertWeights};
 use cogvlm_core::sharing::Sharing;
+use cogvlm_core::tokens::ExpertRange;
 
 /// An array of which each member has its part.
 pub struct SharedBuffer<B: Backend> {
@@ -25,6 +26,11 @@ pub(crate) struct Shares<B: Backend> {
 impl<B: Backend> SharedBuffer<B> {
     pub(crate) fn new(sharing: Sharing, parts: Vec<B::Buffer>, attended: Vec<B::Buffer>) -> Self {
         Self { shares: Arc::new(Mutex::new(Shares { sharing, parts, attended, holds_attended: false })) }
+    }
+
+    /// Of a device alone.
+    pub(crate) fn alone(buffer: B::Buffer) -> Self {
+        Self::new(Sharing::Replicated, vec![buffer], Vec::new())
     }
 
     /// The parts. Nobody else has them meanwhile: one thread calls the operations of a group.
@@ -104,4 +110,16 @@ pub(crate) fn of_member<'a, W>(
 ) -> Result<ExpertWeights<'a, W>, BackendError> {
     let of = |weight: Option<&'a SharedWeight<W>>| weight.map(|weight| weight.of(op, member)).transpose();
     Ok(ExpertWeights { language: of(weights.language)?, vision: of(weights.vision)? })
+}
+
+/// Rows that `ranges` cover from the first on, one range after the other.
+pub(crate) fn covered_rows(op: &'static str, ranges: &[ExpertRange]) -> Result<usize, BackendError> {
+    let mut covered = 0;
+    for range in ranges {
+        if range.rows.start != covered {
+            return Err(unsupported(op, "devices that compute together add up rows without gaps"));
+        }
+        covered = range.rows.end.max(covered);
+    }
+    Ok(covered)
 }

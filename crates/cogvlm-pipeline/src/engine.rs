@@ -158,6 +158,9 @@ impl<B: Backend> Engine<B> {
         self.waiting.retain(|sequence| sequence.id != id);
         let index = self.running.iter().position(|sequence| sequence.id == id)?;
         let sequence = self.running.remove(index);
+        if sequence.num_under_way > 0 {
+            self.ranks.fence();
+        }
         // The token that was chosen last is not cached, or by a step that is under way: nobody counts on it. Blocks may
         // go to others even while such a step is: what it writes to them comes before what theirs do.
         let num_cached = sequence.num_cached;
@@ -195,6 +198,7 @@ impl<B: Backend> Engine<B> {
             let step = self.under_way.remove(index.expect("every step that ends was begun"));
             let result = outcome.inspect_err(|_| {
                 self.running.retain(|sequence| !step.requests.contains(&sequence.id));
+                self.ranks.fence();
             })?;
             // Of a step that was begun before its sequences ended nothing is left to tell.
             if let Some(report) = self.finish(step, result) {
@@ -329,6 +333,9 @@ impl<B: Backend> Engine<B> {
             (None, Some(fed)) => sequence.reveal(fed),
             (reason, _) => {
                 let sequence = self.running.remove(index);
+                if sequence.num_under_way > 0 {
+                    self.ranks.fence();
+                }
                 let request = sequence.id;
                 // The token that was chosen last is not among them.
                 let num_cached = sequence.num_known();

@@ -4,13 +4,16 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use cogvlm_backend::shape::unsupported;
 use cogvlm_backend::{Backend, BackendError, HostReadError, HostTensor, HostWeight, Portable, RopeMode, rope};
 use cogvlm_core::{DType, Device, ModelSpec, TensorSpec, Unit, WeightGroup};
-use cogvlm_model::{GroupKey, GroupSource, Rank, RankSpec, SourceTensor, Weights};
-use cogvlm_plan::plan::{DevicePlan, Plan, Residency, STAGING_ALIGN, STAGING_SLOTS, TensorPlacement};
-use tracing::info;
+use cogvlm_model::{GroupKey, GroupSource, Rank, RankSpec, SourceTensor, Weights, kv_shape};
+use cogvlm_plan::plan::{
+    DevicePlan, Plan, Prefill, Residency, STAGING_ALIGN, STAGING_SLOTS, StagePlan, TensorPlacement,
+};
+use tracing::{info, warn};
 
-use crate::ranks::{RankOf, Ranks};
+use crate::ranks::{RankOf, Ranks, Route, Routes};
 use crate::remote::Processes;
 
 /// Where weights come from: a checkpoint's mapped files, or the rule of a synthetic model.
@@ -68,6 +71,9 @@ pub enum LoadError {
         /// Who needs it.
         device: Device,
     },
+    /// The host and a card cannot share a KV cache, in a run of several processes.
+    #[error("the KV cache that the host and a card would share: {0}; lift the limit on locked memory (`ulimit -l`)")]
+    SharedKv(#[source] BackendError),
     /// A rank could not be set up.
     #[error("setting up rank {device}: {source}")]
     Rank {
@@ -110,33 +116,51 @@ pub fn load_plan<B: Portable>(
     make_backend: &dyn Fn(&DevicePlan) -> Result<B, BackendError>, progress: LoadProgress<'_>,
     processes: Option<Processes>,
 ) -> Result<Ranks<B>, LoadError> {
-    let process = processes.as_ref().map_or(0, Processes::rank);
-    let ranks = load_ranks(plan, spec, source, rope_mode, make_backend, progress, process).inspect_err(|error| {
+    let process = processes.as_ref().map(Processes::rank);
+    let loaded = load_ranks(plan, spec, source, rope_mode, make_backend, progress, process).inspect_err(|error| {
         if let Some(processes) = &processes {
             processes.fail(&error.to_string());
         }
-    })?;
+    });
+    let (ranks, prefill) = loaded?;
     let rank_of = |device: Device| {
         ranks.iter().position(|rank| rank.device == device).expect("plans list every device that executes a stage")
     };
-    let stages = plan.stages.iter().map(|stage| (rank_of(stage.device), stage.units.clone())).collect();
-    Ok(Ranks::start(ranks, stages, &plan.limits, |doors| processes.map(|processes| processes.open(doors)).transpose())?)
+    let routes = |stages: &[StagePlan]| -> Vec<Route> {
+        stages.iter().map(|stage| Route { rank: rank_of(stage.device), units: stage.units.clone() }).collect()
+    };
+    let prefill = prefill.zip(plan.prefill_stages());
+    let prefill = prefill.map(|(prefill, stages)| (prefill.from_rows, routes(&stages)));
+    let routes = Routes { decode: routes(&plan.stages), prefill };
+    Ok(Ranks::start(ranks, routes, &plan.limits, |doors| processes.map(|processes| processes.open(doors)).transpose())?)
 }
 
-/// All ranks of the plan, those of `process` loaded.
+/// All ranks of the plan, those of `process` loaded, of the only one if there are not several; and who prefills for the
+/// host, if anybody does.
 fn load_ranks<B: Portable>(
     plan: &Plan, spec: &ModelSpec, source: &dyn WeightSource, rope_mode: RopeMode,
-    make_backend: &dyn Fn(&DevicePlan) -> Result<B, BackendError>, progress: LoadProgress<'_>, process: usize,
-) -> Result<Vec<RankOf<B>>, LoadError> {
+    make_backend: &dyn Fn(&DevicePlan) -> Result<B, BackendError>, progress: LoadProgress<'_>, process: Option<usize>,
+) -> Result<(Vec<RankOf<B>>, Option<Prefill>), LoadError> {
     if spec.grouped_kv {
         return Err(LoadError::Unsupported { model: plan.model.clone() });
     }
     let used: Vec<&DevicePlan> = plan.devices.iter().filter(|device| plan.uses(device.device)).collect();
     let mut backends = BTreeMap::new();
-    for device in used.iter().filter(|planned| planned.device.process() == process) {
+    for device in used.iter().filter(|planned| planned.device.process() == process.unwrap_or(0)) {
         backends.insert(device.device, Arc::new(make_backend(device).map_err(LoadError::Open)?));
     }
     let inv_freq = inv_freq(spec, source)?;
+    let by_host_alone;
+    let (plan, mut shared_kv) = match (share_kv(plan, spec, &backends), process) {
+        (Ok(shared), _) => (plan, shared),
+        (Err(error), None) => {
+            warn!("{error}: the host computes its layers of prompts too, which takes longer");
+            by_host_alone = Plan { prefill: None, ..plan.clone() };
+            (&by_host_alone, BTreeMap::new())
+        }
+        // The others would not know.
+        (Err(error), Some(_)) => return Err(LoadError::SharedKv(error)),
+    };
     let weights = place_weights(plan, source, &backends, progress)?;
     let mut ranks = Vec::new();
     let mut grouped: BTreeMap<Device, PlacedGroups<B::Weight>> = BTreeMap::new();
@@ -149,8 +173,7 @@ fn load_ranks<B: Portable>(
             ranks.push(RankOf { device, here: None });
             continue;
         };
-        let units: Vec<Unit> =
-            plan.stages.iter().filter(|stage| stage.device == device).flat_map(|stage| stage.units.clone()).collect();
+        let units = plan.executed_on(device);
         let failed = |source| LoadError::Rank { device, source };
         let (mut slot_bytes, num_members) = (0, plan.members_with(device).len());
         let groups = grouped.remove(&device).unwrap_or_default().into_iter().map(|(key, tensors)| {
@@ -171,11 +194,36 @@ fn load_ranks<B: Portable>(
             Weights::new(&*backend, groups, STAGING_SLOTS, slot_bytes as usize).map_err(|e| failed(e.into()))?;
         let limits = plan.limits;
         let rank_spec = RankSpec { spec: spec.clone(), limits, units, inv_freq: inv_freq.clone(), rope_mode };
-        let rank = Rank::new(Arc::clone(&backend), rank_spec, weights).map_err(failed)?;
+        let kv = shared_kv.remove(&device).unwrap_or_default();
+        let rank = Rank::new(Arc::clone(&backend), rank_spec, weights, kv).map_err(failed)?;
         info!(%device, bytes = backend.memory().in_use, "loaded rank");
         ranks.push(RankOf { device, here: Some((backend, rank)) });
     }
-    Ok(ranks)
+    Ok((ranks, plan.prefill))
+}
+
+/// KV caches of layers that the host decodes and a card prefills, by layer, for each of the two ranks. None where there
+/// are no such layers, or they are another process's.
+fn share_kv<B: Backend>(
+    plan: &Plan, spec: &ModelSpec, backends: &BTreeMap<Device, Arc<B>>,
+) -> Result<BTreeMap<Device, HashMap<usize, B::Buffer>>, BackendError> {
+    let prefill = plan.prefill.and_then(|prefill| backends.get_key_value(&prefill.device));
+    let (Some((card, on_card)), Some(on_host)) = (prefill, backends.get(&Device::Cpu)) else {
+        return Ok(BTreeMap::new());
+    };
+    let (dtype, shape) = (on_host.activation_dtype(), kv_shape(spec, &plan.limits));
+    if on_card.activation_dtype() != dtype {
+        let reason = format!("{card} has a KV cache of {}, the host one of {dtype}", on_card.activation_dtype());
+        return Err(unsupported("share", reason));
+    }
+    let (mut of_host, mut of_card) = (HashMap::new(), HashMap::new());
+    for unit in plan.executed_on(Device::Cpu) {
+        let Unit::DecoderLayer(layer) = unit else { continue };
+        let buffer = on_host.alloc_shared("KV cache", dtype, shape)?;
+        of_card.insert(layer, on_card.share(&buffer)?);
+        of_host.insert(layer, buffer);
+    }
+    Ok(BTreeMap::from([(Device::Cpu, of_host), (*card, of_card)]))
 }
 
 /// Threads that load onto one device.
@@ -223,10 +271,11 @@ fn place_weights<B: Backend>(
     let place_next = &|queue: &[&(usize, &TensorPlacement)], next: &AtomicUsize| -> Result<Vec<_>, LoadError> {
         let mut placed = Vec::new();
         while let Some((index, placement)) = queue.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let tensor = place_tensor(placement, source, backends);
+            let prefilled_on = plan.prefills(placement.executes_on, placement.tensor.unit);
+            let tensors = place_tensor(placement, prefilled_on, source, backends);
             // The others need not go on.
-            let tensor = tensor.inspect_err(|_| next.store(usize::MAX / 2, Ordering::Relaxed))?;
-            placed.push((*index, tensor));
+            let tensors = tensors.inspect_err(|_| next.store(usize::MAX / 2, Ordering::Relaxed))?;
+            placed.extend(tensors.into_iter().map(|tensor| (*index, tensor)));
             progress(done.fetch_add(placement.bytes, Ordering::Relaxed) + placement.bytes, total);
         }
         Ok(placed)
@@ -259,16 +308,18 @@ fn rests_on(placement: &TensorPlacement) -> Device {
     }
 }
 
+/// The tensor in its place; where `prefilled_on` uses it too, also as that one does.
 fn place_tensor<B: Backend>(
-    placement: &TensorPlacement, source: &dyn WeightSource, backends: &BTreeMap<Device, Arc<B>>,
-) -> Result<PlacedTensor<B::Weight>, LoadError> {
+    placement: &TensorPlacement, prefilled_on: Option<Device>, source: &dyn WeightSource,
+    backends: &BTreeMap<Device, Arc<B>>,
+) -> Result<Vec<PlacedTensor<B::Weight>>, LoadError> {
     let TensorPlacement { tensor, executes_on, residency, bytes } = placement;
     let missing = || LoadError::Missing { tensor: tensor.name.clone() };
     let mut weight = source.weight(tensor).ok_or_else(missing)?;
     // Weights that rest in host memory are there as they are mapped; those of a synthetic model are made once.
     let rests_in_host_memory = *residency == Residency::Host || tensor.unit == Unit::Embedding;
     if rests_in_host_memory
-        && *executes_on != Device::Cpu
+        && (*executes_on != Device::Cpu || prefilled_on.is_some())
         && *residency != Residency::Device
         && weight.mapped().is_none()
     {
@@ -280,6 +331,19 @@ fn place_tensor<B: Backend>(
     let device = rests_on(placement);
     let backend = backends.get(&device).expect("plans list every device that holds a tensor");
     let failed = |source| LoadError::Tensor { tensor: tensor.name.clone(), device, source };
+    let (unit, group, bytes) = (tensor.unit, tensor.group, *bytes);
+    let mut placed = Vec::new();
+    if let Some(card) = prefilled_on {
+        let backend = backends.get(&card).expect("plans list every device that executes a unit");
+        let failed = |source| LoadError::Tensor { tensor: tensor.name.clone(), device: card, source };
+        let place = match (unit, group, residency) {
+            (Unit::Embedding, ..) => SourcePlace::Resident(backend.attach(&weight).map_err(failed)?),
+            (_, WeightGroup::Norms, _) => SourcePlace::Resident(backend.load_for(tensor, &weight).map_err(failed)?),
+            (.., Residency::File) => SourcePlace::Elsewhere(SourceTensor::File(HostWeight::clone(&weight))),
+            _ => SourcePlace::Elsewhere(SourceTensor::Host(HostWeight::clone(&weight))),
+        };
+        placed.push(PlacedTensor { unit, group, executes_on: card, bytes, place });
+    }
     // Host rows are looked up where they rest, and host units use their weights where they rest.
     let in_place = *executes_on == Device::Cpu || tensor.unit == Unit::Embedding;
     let place = match residency {
@@ -293,8 +357,8 @@ fn place_tensor<B: Backend>(
         Residency::File => SourcePlace::Elsewhere(SourceTensor::File(weight)),
         _ => SourcePlace::Elsewhere(SourceTensor::Host(weight)),
     };
-    let (unit, group) = (tensor.unit, tensor.group);
-    Ok(PlacedTensor { unit, group, executes_on: *executes_on, bytes: *bytes, place })
+    placed.push(PlacedTensor { unit, group, executes_on: *executes_on, bytes, place });
+    Ok(placed)
 }
 
 /// A weight without a file, held in host memory.

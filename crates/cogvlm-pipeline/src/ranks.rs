@@ -3,6 +3,7 @@
 //! Several steps are under way at a time. A thread calls the operations of one after the other without waiting for its
 //! device, so that the device always has its next work before the last is done; only who asks for tokens waits.
 
+use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -162,14 +163,48 @@ pub(crate) struct Route {
     pub(crate) units: Vec<Unit>,
 }
 
+/// The stages that steps pass through. Which way a step goes follows from the step alone, so that every rank and every
+/// process knows.
+#[derive(Debug)]
+pub(crate) struct Routes {
+    pub(crate) decode: Vec<Route>,
+    /// Of steps that have at least so many rows for prompts, or an image; `None` where they go the same way.
+    pub(crate) prefill: Option<(usize, Vec<Route>)>,
+}
+
+impl Routes {
+    /// The way of `step`.
+    pub(crate) fn of(&self, step: &Step) -> &[Route] {
+        match &self.prefill {
+            Some((from_rows, routes))
+                if !step.images.is_empty() || step.is_prefill() && step.batch.num_rows() >= *from_rows =>
+            {
+                routes
+            }
+            _ => &self.decode,
+        }
+    }
+
+    /// Both ways.
+    fn all(&self) -> impl Iterator<Item = &[Route]> {
+        std::iter::once(&self.decode[..]).chain(self.prefill.iter().map(|(_, routes)| &routes[..]))
+    }
+}
+
 /// All ranks of a run. Dropping it ends their threads.
 pub struct Ranks<B: Backend> {
     devices: Vec<Device>,
     /// Of the ranks of this process.
     backends: Vec<Option<Arc<B>>>,
-    routes: Arc<Vec<Route>>,
+    routes: Arc<Routes>,
     inboxes: Vec<Inbox<B>>,
     results: Receiver<Outcome<B>>,
+    /// Steps that were sent on their way and have not ended.
+    num_under_way: usize,
+    /// Steps that wait for these to end, one after the other.
+    held: VecDeque<(StepId, Step)>,
+    /// Steps wait from now on.
+    is_fenced: bool,
     threads: Vec<(Device, JoinHandle<()>)>,
     /// The other processes of the run, if any; ends after the threads.
     remote: Option<Remote>,
@@ -183,7 +218,7 @@ pub struct Ranks<B: Backend> {
 struct RankThread<B: Backend> {
     index: usize,
     device: Device,
-    routes: Arc<Vec<Route>>,
+    routes: Arc<Routes>,
     backend: Arc<B>,
     /// Processes of all ranks, and the ways to them.
     peers: Vec<(usize, Inbox<B>)>,
@@ -199,13 +234,12 @@ pub(crate) struct RankOf<B: Backend> {
 }
 
 impl<B: Backend> Ranks<B> {
-    /// Starts a thread for each rank of this process. `stages` are in order of execution, each with the index of its rank.
-    /// `connect` is given what other processes need of this one.
+    /// Starts a thread for each rank of this process. `connect` is given what other processes need of this one.
     pub(crate) fn start(
-        ranks: Vec<RankOf<B>>, stages: Vec<(usize, Vec<Unit>)>, limits: &StepLimits,
+        ranks: Vec<RankOf<B>>, routes: Routes, limits: &StepLimits,
         connect: impl FnOnce(Doors<B>) -> std::io::Result<Option<(Remote, Arc<dyn Portal<B>>)>>,
     ) -> std::io::Result<Self> {
-        let routes: Arc<Vec<Route>> = Arc::new(stages.into_iter().map(|(rank, units)| Route { rank, units }).collect());
+        let routes = Arc::new(routes);
         let (result_sender, results) = channel();
         let (senders, outlets): (Vec<_>, Vec<_>) = ranks.iter().map(|_| channel()).unzip();
         let backend_of = |rank: &RankOf<B>| rank.here.as_ref().map(|(backend, _)| Arc::clone(backend));
@@ -227,7 +261,20 @@ impl<B: Backend> Ranks<B> {
         // Where decode steps may pass prompts, both have to come from elsewhere.
         let is_alone = ranks.len() == 1 && remote.is_none() && !limits.decodes_pass_prompts();
         let (devices, threads) = (ranks.iter().map(|rank| rank.device).collect(), Vec::new());
-        let mut all = Self { devices, backends, routes, inboxes, results, threads, remote, alone: None, next_id: 0 };
+        let mut all = Self {
+            devices,
+            backends,
+            routes,
+            inboxes,
+            results,
+            num_under_way: 0,
+            held: VecDeque::new(),
+            is_fenced: false,
+            threads,
+            remote,
+            alone: None,
+            next_id: 0,
+        };
         for (index, (RankOf { device, here }, inbox)) in ranks.into_iter().zip(outlets).enumerate() {
             let Some((backend, rank)) = here else { continue };
             let (routes, peers, results) = (Arc::clone(&all.routes), peers.clone(), result_sender.clone());
@@ -243,9 +290,9 @@ impl<B: Backend> Ranks<B> {
         Ok(all)
     }
 
-    /// Ranks that a step without images passes through: as many of them can be kept busy.
+    /// Ranks that decoding passes through: as many of them can be kept busy.
     pub(crate) fn num_text_ranks(&self) -> usize {
-        let text = self.routes.iter().filter(|route| route.units.iter().any(|unit| !unit.is_vision()));
+        let text = self.routes.decode.iter().filter(|route| route.units.iter().any(|unit| !unit.is_vision()));
         let ranks: std::collections::BTreeSet<usize> = text.map(|route| route.rank).collect();
         ranks.len()
     }
@@ -255,15 +302,18 @@ impl<B: Backend> Ranks<B> {
     /// than the others, prompts may, and decode steps behind them.
     pub(crate) fn most_under_way(&self) -> usize {
         // A rank that comes twice could wait for one that waits for it, if more steps were under way than parcels fit.
-        let mut ranks: Vec<usize> = self.routes.iter().map(|route| route.rank).collect();
-        ranks.sort_unstable();
-        let comes_twice = ranks.windows(2).any(|pair| pair[0] == pair[1]);
-        if comes_twice { PARCELS } else { self.devices.len() + 1 }
+        let comes_twice = |routes: &[Route]| {
+            let mut ranks: Vec<usize> = routes.iter().map(|route| route.rank).collect();
+            ranks.sort_unstable();
+            ranks.windows(2).any(|pair| pair[0] == pair[1])
+        };
+        if self.routes.all().any(comes_twice) { PARCELS } else { self.devices.len() + 1 }
     }
 
     /// Whether a step can continue one whose tokens the host does not know yet.
     pub(crate) fn can_continue(&self) -> bool {
-        let rank_of = |unit: Unit| self.routes.iter().find(|route| route.units.contains(&unit)).map(|route| route.rank);
+        let rank_of =
+            |unit: Unit| self.routes.decode.iter().find(|route| route.units.contains(&unit)).map(|route| route.rank);
         rank_of(Unit::Embedding) == rank_of(Unit::Head)
     }
 
@@ -271,8 +321,25 @@ impl<B: Backend> Ranks<B> {
     pub(crate) fn submit(&mut self, step: Step) -> Result<StepId, RankError> {
         let id = StepId(self.next_id);
         self.next_id += 1;
-        let stage = self.first_stage(&step);
-        let rank = self.routes[stage].rank;
+        if self.is_fenced {
+            self.held.push_back((id, step));
+        } else {
+            self.send(id, step)?;
+        }
+        Ok(id)
+    }
+
+    /// Steps that are submitted from now on begin when those under way have ended: for blocks that change hands before
+    /// the last step that writes to them has ended. Where every rank has a KV cache of its own, the order of the steps is
+    /// enough; where two ranks write to one, nothing else orders them.
+    pub(crate) fn fence(&mut self) {
+        self.is_fenced = self.routes.prefill.is_some() && self.num_under_way > 0;
+    }
+
+    fn send(&mut self, id: StepId, step: Step) -> Result<(), RankError> {
+        let routes = self.routes.of(&step);
+        let stage = first_stage(routes, &step);
+        let rank = routes[stage].rank;
         let envelope = Envelope::arrived(id, step, stage, None, Vec::new(), Duration::ZERO);
         let stopped = |rank: usize| RankError::Stopped { device: self.devices[rank] };
         match (&self.alone, &self.inboxes[rank]) {
@@ -286,16 +353,35 @@ impl<B: Backend> Ranks<B> {
                 portal.send(None, self.devices[rank].process(), envelope)?;
             }
         }
-        Ok(id)
+        self.num_under_way += 1;
+        Ok(())
+    }
+
+    /// Takes note of the end of a step. Sends the next one that is held.
+    fn end(&mut self, failed: bool) -> Result<(), RankError> {
+        // What a device was given before another one failed may still write to a cache that both use.
+        if failed && self.routes.prefill.is_some() {
+            // One that cannot say when it is done refuses what follows.
+            self.backends.iter().flatten().for_each(|backend| drop(backend.synchronize()));
+        }
+        self.num_under_way = self.num_under_way.saturating_sub(1);
+        if self.num_under_way == 0 {
+            match self.held.pop_front() {
+                Some((id, step)) => self.send(id, step)?,
+                None => self.is_fenced = false,
+            }
+        }
+        Ok(())
     }
 
     /// Waits for the end of a step: the one that ends first.
     ///
     /// # Errors
     /// Where no step will end any more. What goes wrong with a step is told with its name.
-    pub(crate) fn wait(&self) -> Result<(StepId, Result<StepResult, RankError>), RankError> {
+    pub(crate) fn wait(&mut self) -> Result<(StepId, Result<StepResult, RankError>), RankError> {
         loop {
             if let Some(ended) = self.wait_for(Duration::from_millis(200))? {
+                self.end(ended.1.is_err())?;
                 return Ok(ended);
             }
         }
@@ -332,12 +418,6 @@ impl<B: Backend> Ranks<B> {
         Ok(StepResult { tokens, logits, captured, vision_time })
     }
 
-    /// Stages that only have vision units are passed by steps without images.
-    fn first_stage(&self, step: &Step) -> usize {
-        let works = |route: &Route| !step.images.is_empty() || route.units.iter().any(|unit| !unit.is_vision());
-        self.routes.iter().position(works).unwrap_or(0)
-    }
-
     /// What each device of this process holds, in rank order.
     pub fn memory(&self) -> Vec<(Device, MemoryUse)> {
         let here = self.devices.iter().zip(&self.backends);
@@ -364,6 +444,12 @@ impl<B: Backend> Ranks<B> {
     }
 }
 
+/// Stages that only have vision units are passed by steps without images.
+fn first_stage(routes: &[Route], step: &Step) -> usize {
+    let works = |route: &Route| !step.images.is_empty() || route.units.iter().any(|unit| !unit.is_vision());
+    routes.iter().position(works).unwrap_or(0)
+}
+
 impl<B: Backend> VisionSpan<B> {
     /// Waits until both moments have come.
     fn time(self) -> Result<Duration, RankError> {
@@ -374,7 +460,7 @@ impl<B: Backend> VisionSpan<B> {
 
 /// What other processes need of this one.
 pub(crate) struct Doors<B: Backend> {
-    pub(crate) routes: Arc<Vec<Route>>,
+    pub(crate) routes: Arc<Routes>,
     /// Of all ranks; those of other processes have nobody behind them.
     pub(crate) inboxes: Vec<Sender<Message<B>>>,
     pub(crate) backends: Vec<Option<Arc<B>>>,
@@ -436,6 +522,7 @@ impl<B: Backend> RankThread<B> {
     fn run_stages(&mut self, rank: &mut Rank<B>, envelope: Envelope<B>) -> Result<Passed<B>, RankError> {
         let Envelope { id, step, mut stage, mut input, mut captured, vision: mut spans, vision_time } = envelope;
         let routes = Arc::clone(&self.routes);
+        let routes = routes.of(&step);
         let mut turns = Turns::default();
         loop {
             let device = self.device;

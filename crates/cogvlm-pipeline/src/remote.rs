@@ -17,7 +17,7 @@ use cogvlm_core::{DType, Unit};
 use cogvlm_model::{Captured, Crossing, Step};
 use serde::{Deserialize, Serialize};
 
-use crate::ranks::{Doors, Ended, Envelope, Message, Portal, RankError, Route, StepId, StepResult};
+use crate::ranks::{Doors, Ended, Envelope, Message, Portal, RankError, Routes, StepId, StepResult};
 
 /// Codes of control messages.
 const RESULT: u16 = 1;
@@ -145,7 +145,7 @@ impl Drop for Remote {
 /// The way out.
 struct Gate {
     shared: Arc<Shared>,
-    routes: Arc<Vec<Route>>,
+    routes: Arc<Routes>,
 }
 
 /// What is known of a step on its way, but for pixels and rows, which follow it in this order.
@@ -193,7 +193,7 @@ impl<B: Portable> Portal<B> for Gate {
             _ => None,
         };
         let pixels: Vec<Arc<[f32]>> = step.images.iter().map(|image| Arc::clone(&image.pixels)).collect();
-        let mut units = self.routes[stage..].iter().flat_map(|route| &route.units);
+        let mut units = self.routes.of(&step)[stage..].iter().flat_map(|route| &route.units);
         let pixels = if units.any(|unit| *unit == Unit::PatchEmbedding) { pixels } else { Vec::new() };
         let letter = Letter {
             id,
@@ -295,7 +295,7 @@ fn deliver<B: Portable>(bytes: &[u8], letter_bytes: usize, doors: &Doors<B>) -> 
         let bytes = take(num_pixels.checked_mul(4).ok_or("an image is too large")?)?;
         image.pixels = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
     }
-    let rank = doors.routes.get(stage).ok_or("its stage is none of the plan's")?.rank;
+    let rank = doors.routes.of(&step).get(stage).ok_or("its stage is none of the plan's")?.rank;
     let backend = doors.backends.get(rank).and_then(Option::as_ref).ok_or("its stage is another process's")?;
     let input = match rows {
         None => None,

@@ -11,7 +11,7 @@ use crate::error::PlanError;
 use crate::links::Links;
 use crate::own::sizes::{Group, IMAGE_PROMPT_TEXT_TOKENS, Sizes, staging_bytes};
 use crate::plan::{
-    DeviceBudget, DevicePlan, LinkPlan, Plan, Policy, Residency, STAGING_SLOTS, StagePlan, TensorPlacement,
+    DeviceBudget, DevicePlan, LinkPlan, Plan, Policy, Prefill, Residency, STAGING_SLOTS, StagePlan, TensorPlacement,
 };
 
 /// Who executes each unit, and where each tensor rests.
@@ -21,6 +21,8 @@ pub(crate) struct Placement {
     pub(crate) executes_on: Vec<Device>,
     /// For each tensor of the inventory.
     pub(crate) residency: Vec<Residency>,
+    /// Who executes units of the host in steps of many rows, if not the host.
+    pub(crate) prefill: Option<Prefill>,
 }
 
 /// Predicted seconds of a placement.
@@ -30,6 +32,8 @@ pub(crate) struct Times {
     pub(crate) token_s: f64,
     /// One image prefill.
     pub(crate) image_s: f64,
+    /// Decode step of the planned batch.
+    pub(crate) step_s: f64,
     /// Decode step of the planned batch on the slowest device.
     pub(crate) slowest_step_s: f64,
     /// Image prefill on the slowest device.
@@ -37,15 +41,53 @@ pub(crate) struct Times {
 }
 
 impl Placement {
-    /// Indices of the units that `device` executes.
-    fn units_on(&self, device: Device) -> impl Iterator<Item = usize> {
-        self.executes_on.iter().enumerate().filter(move |(_, on)| **on == device).map(|(unit, _)| unit)
+    /// The card that prefills a unit of the host.
+    fn prefills(&self, sizes: &Sizes, unit: usize) -> Option<Device> {
+        self.prefill.filter(|_| Prefill::takes(self.executes_on[unit], sizes.units[unit])).map(|prefill| prefill.device)
     }
 
-    /// Whether a group is streamed to the device that executes it, and so goes through the staging ring. A group of
+    /// Whether `step` is the card's that prefills for the host.
+    fn is_prefilled(&self, sizes: &Sizes, step: StepKind) -> bool {
+        let Some(prefill) = self.prefill else { return false };
+        let is_long = step.has_image() || step.rows(&sizes.spec) >= prefill.from_rows as f64;
+        is_long && matches!(step, StepKind::Prefill { .. })
+    }
+
+    /// Who executes each unit in `step`.
+    fn ranks_in(&self, sizes: &Sizes, step: StepKind) -> Vec<Device> {
+        let is_prefilled = self.is_prefilled(sizes, step);
+        let rank = |unit: usize| self.prefills(sizes, unit).filter(|_| is_prefilled).unwrap_or(self.executes_on[unit]);
+        (0..self.executes_on.len()).map(rank).collect()
+    }
+
+    /// Lets `device` prefill units of the host, from as many rows of text on as it is faster with.
+    pub(crate) fn prefill_on(&self, device: Device, sizes: &Sizes, links: &Links) -> Prefill {
+        let ways = [None, Some(Prefill { device, from_rows: 0 })];
+        let [by_host, by_card] = ways.map(|prefill| Self { prefill, ..self.clone() });
+        let is_slower = |text_tokens: usize| {
+            let step = StepKind::Prefill { has_image: false, text_tokens };
+            by_card.step(sizes, links, step).seconds >= by_host.step(sizes, links, step).seconds
+        };
+        // The host takes longer with every row, the card all the time to stream the weights.
+        let (mut slower, mut faster) = (0, sizes.limits.max_tokens + 1);
+        while faster - slower > 1 {
+            let middle = slower + (faster - slower) / 2;
+            if is_slower(middle) { slower = middle } else { faster = middle }
+        }
+        Prefill { device, from_rows: faster }
+    }
+
+    /// Indices of the units that `device` executes in steps of any kind.
+    fn units_on(&self, sizes: &Sizes, device: Device) -> impl Iterator<Item = usize> {
+        let is_its =
+            move |unit: &usize| self.executes_on[*unit] == device || self.prefills(sizes, *unit) == Some(device);
+        (0..self.executes_on.len()).filter(is_its)
+    }
+
+    /// Whether a group is streamed to `on`, which executes its unit, and so goes through the staging ring. A group of
     /// which only a part rests elsewhere is streamed as a whole.
-    fn is_streamed(&self, group: &Group) -> bool {
-        self.executes_on[group.unit] != Device::Cpu
+    fn is_streamed(&self, group: &Group, on: Device) -> bool {
+        on != Device::Cpu
             && group.group != WeightGroup::Norms
             && group.phase != Phase::RowLookup
             && group.tensors.iter().any(|&tensor| self.residency[tensor] != Residency::Device)
@@ -54,32 +96,41 @@ impl Placement {
     /// What every device of `budgets` holds, in device order.
     pub(crate) fn devices(&self, sizes: &Sizes, budgets: &[DeviceBudget], reserve_bytes: u64) -> Vec<DevicePlan> {
         let mut weights: BTreeMap<Device, u64> = BTreeMap::new();
+        // Slots of rings, and norms beside them.
         let mut slots: BTreeMap<Device, u64> = BTreeMap::new();
+        let mut norms: BTreeMap<Device, u64> = BTreeMap::new();
         for group in &sizes.groups {
             let on = self.executes_on[group.unit];
             for &tensor in &group.tensors {
                 *weights.entry(self.residency[tensor].place(on)).or_default() += sizes.tensor_bytes(tensor);
             }
-            if self.is_streamed(group) {
+            let prefilled_on = self.prefills(sizes, group.unit);
+            if let Some(card) = prefilled_on.filter(|_| group.group == WeightGroup::Norms) {
+                *norms.entry(card).or_default() += group.bytes;
+            }
+            for on in [Some(on), prefilled_on].into_iter().flatten().filter(|on| self.is_streamed(group, *on)) {
                 let staged: u64 = group.tensors.iter().map(|&tensor| staging_bytes(sizes.tensor_bytes(tensor))).sum();
                 let slot = slots.entry(on).or_default();
                 *slot = staged.max(*slot);
             }
         }
-        let mut devices: Vec<_> =
-            budgets.iter().map(|budget| self.device(sizes, budget, &weights, &slots, reserve_bytes)).collect();
+        let device = |budget: &DeviceBudget| {
+            let of = |bytes: &BTreeMap<Device, u64>| bytes.get(&budget.device).copied().unwrap_or(0);
+            let staging_bytes = STAGING_SLOTS as u64 * of(&slots) + of(&norms);
+            self.device(sizes, budget, of(&weights), staging_bytes, reserve_bytes)
+        };
+        let mut devices: Vec<_> = budgets.iter().map(device).collect();
         devices.sort_by_key(|plan| plan.device);
         devices
     }
 
     fn device(
-        &self, sizes: &Sizes, budget: &DeviceBudget, weights: &BTreeMap<Device, u64>, slots: &BTreeMap<Device, u64>,
-        reserve_bytes: u64,
+        &self, sizes: &Sizes, budget: &DeviceBudget, weight_bytes: u64, staging_bytes: u64, reserve_bytes: u64,
     ) -> DevicePlan {
         let device = budget.device;
-        let units: Vec<Unit> = self.units_on(device).map(|unit| sizes.units[unit]).collect();
-        let layers = units.iter().filter(|unit| matches!(unit, Unit::DecoderLayer(_))).count() as u64;
-        let weight_bytes = weights.get(&device).copied().unwrap_or(0);
+        let units: Vec<Unit> = self.units_on(sizes, device).map(|unit| sizes.units[unit]).collect();
+        let executes_layer = |(unit, on): &(&Unit, &Device)| matches!(unit, Unit::DecoderLayer(_)) && **on == device;
+        let layers = sizes.units.iter().zip(&self.executes_on).filter(executes_layer).count() as u64;
         // A card that nothing is asked of is never opened.
         let opened = matches!(device, Device::Gpu(_)) && (weight_bytes > 0 || !units.is_empty());
         DevicePlan {
@@ -88,7 +139,7 @@ impl Placement {
             weight_bytes,
             kv_bytes: layers * sizes.kv_per_layer,
             workspace_bytes: workspace_bytes(&sizes.spec, &units, &sizes.limits, sizes.activation_dtype),
-            staging_bytes: STAGING_SLOTS as u64 * slots.get(&device).copied().unwrap_or(0),
+            staging_bytes,
             reserved_bytes: if opened { reserve_bytes } else { 0 },
         }
     }
@@ -101,23 +152,33 @@ impl Placement {
             link.0 += per_token;
             link.1 += per_image;
         };
-        for (unit, pair) in self.executes_on.windows(2).enumerate() {
-            if pair[0] != pair[1] {
-                let (per_token, per_image) = sizes.hop_bytes(unit);
-                charge(pair[0], pair[1], per_token, per_image);
+        let prefills_on = self.ranks_in(sizes, IMAGE_PREFILL);
+        for unit in 1..sizes.units.len() {
+            let (per_token, per_image) = sizes.hop_bytes(unit - 1);
+            for (ranks, per_token, per_image) in [(&self.executes_on, per_token, 0), (&prefills_on, 0, per_image)] {
+                if ranks[unit - 1] != ranks[unit] {
+                    charge(ranks[unit - 1], ranks[unit], per_token, per_image);
+                }
             }
         }
         for group in &sizes.groups {
-            let on = self.executes_on[group.unit];
             for &tensor in &group.tensors {
-                let rests = self.residency[tensor].place(on);
-                // What the host executes it reads where it lies.
-                let in_place = rests == on || (on == Device::Cpu && rests == Device::Cpu);
-                if !in_place {
-                    let (per_token, per_image) = sizes.travelling_bytes(tensor);
-                    charge(rests, on, per_token, per_image);
+                let (per_token, per_image) = sizes.travelling_bytes(tensor);
+                let rests = self.residency[tensor].place(self.executes_on[group.unit]);
+                for (ranks, per_token, per_image) in [(&self.executes_on, per_token, 0), (&prefills_on, 0, per_image)] {
+                    let on = ranks[group.unit];
+                    // What the host executes it reads where it lies; a card that prefills for it has norms of its own.
+                    let has_own = group.group == WeightGroup::Norms && on != self.executes_on[group.unit];
+                    if rests != on && !has_own {
+                        charge(rests, on, per_token, per_image);
+                    }
                 }
             }
+        }
+        for (unit, &card) in prefills_on.iter().enumerate().filter(|(unit, on)| self.executes_on[*unit] != **on) {
+            let kv = self.shared_kv_bytes(sizes, IMAGE_PREFILL, unit) as u64;
+            charge(card, Device::Cpu, 0, kv);
+            charge(Device::Cpu, card, 0, kv);
         }
         let plans = links.into_iter().filter(|(_, bytes)| *bytes != (0, 0));
         plans
@@ -136,10 +197,12 @@ impl Placement {
         let decode = |sequences: f64| self.step(sizes, links, StepKind::Decode { sequences, context_len });
         let image = self.step(sizes, links, IMAGE_PREFILL);
         let busiest = |times: &StepTimes| times.busy.values().copied().fold(0.0, f64::max);
+        let step = decode(sizes.limits.max_sequences as f64);
         Times {
             token_s: decode(1.0).seconds,
             image_s: image.seconds,
-            slowest_step_s: busiest(&decode(sizes.limits.max_sequences as f64)),
+            step_s: step.seconds,
+            slowest_step_s: busiest(&step),
             slowest_image_s: busiest(&image),
         }
     }
@@ -149,17 +212,18 @@ impl Placement {
         let mut times = StepTimes::default();
         let mut ring = Ring::default();
         let mut last: Option<usize> = None;
-        for (unit, &on) in self.executes_on.iter().enumerate() {
+        let ranks = self.ranks_in(sizes, step);
+        for (unit, &on) in ranks.iter().enumerate() {
             if sizes.units[unit].is_vision() && !step.has_image() {
                 continue;
             }
-            if let Some(last) = last.filter(|&last| self.executes_on[last] != on) {
-                let from = self.executes_on[last];
+            if let Some(last) = last.filter(|&last| ranks[last] != on) {
+                let from = ranks[last];
                 times.seconds += std::mem::take(&mut ring).now;
                 times.seconds += links.hop_s(from, on) + sizes.step_hop_bytes(last, step) / links.between(from, on);
             }
             let before = ring.now;
-            self.pass_unit(sizes, links, step, unit, &mut ring);
+            self.pass_unit(sizes, links, step, unit, on, &mut ring);
             // Virtual ranks share the host.
             let busy = if links.is_host(on) { Device::Cpu } else { on };
             *times.busy.entry(busy).or_default() += ring.now - before;
@@ -186,9 +250,17 @@ impl Placement {
         text.map(|(_, on)| *on).collect()
     }
 
-    /// Passes `unit` in the time of `ring`.
-    fn pass_unit(&self, sizes: &Sizes, links: &Links, step: StepKind, unit: usize, ring: &mut Ring) {
-        let on = self.executes_on[unit];
+    /// Bytes of keys and values of `unit` that `step` brings to host memory, where a card prefills it.
+    fn shared_kv_bytes(&self, sizes: &Sizes, step: StepKind, unit: usize) -> f64 {
+        match sizes.units[unit] {
+            Unit::DecoderLayer(_) => step.rows(&sizes.spec) * sizes.kv_bytes_per_token_and_layer(),
+            _ => 0.0,
+        }
+    }
+
+    /// Passes `unit`, which `on` executes in this step, in the time of `ring`.
+    fn pass_unit(&self, sizes: &Sizes, links: &Links, step: StepKind, unit: usize, on: Device, ring: &mut Ring) {
+        let home = self.executes_on[unit];
         let groups = &sizes.groups[sizes.groups_of[unit].clone()];
         let tensors: Vec<&TensorSpec> =
             groups.iter().flat_map(|group| &group.tensors).map(|&tensor| &sizes.inventory[tensor]).collect();
@@ -206,22 +278,27 @@ impl Placement {
             _ => step.rows(&sizes.spec),
         };
         let work = UnitWork { rows, weight_bytes, kv_bytes, product_flops, attention_flops };
-        let seconds = unit_seconds(&work, on, links, sizes.activation_dtype);
+        let mut seconds = unit_seconds(&work, on, links, sizes.activation_dtype);
+        if on != home {
+            // Keys and values go to host memory, and come back to be attended to.
+            let kv_bytes = self.shared_kv_bytes(sizes, step, unit);
+            seconds += kv_bytes / links.between(on, home) + kv_bytes / links.between(home, on);
+        }
         for group in groups.iter().filter(read) {
-            let away = group.tensors.iter().map(|&tensor| (tensor, self.residency[tensor].place(on)));
+            let away = group.tensors.iter().map(|&tensor| (tensor, self.residency[tensor].place(home)));
             let copy_s: f64 = away
                 .filter(|(_, rests)| *rests != on)
                 .map(|(tensor, rests)| sizes.tensor_bytes(tensor) as f64 / links.between(rests, on))
                 .sum();
             let use_s = seconds * group.bytes as f64 / weight_bytes.max(1.0);
-            if self.is_streamed(group) { ring.pass_streamed(copy_s, use_s) } else { ring.now += use_s }
+            if self.is_streamed(group, on) { ring.pass_streamed(copy_s, use_s) } else { ring.now += use_s }
         }
         if weight_bytes == 0.0 {
             ring.now += seconds;
         }
         // Rows of the embedding are looked up where they rest.
         for group in groups.iter().filter(|group| group.phase == Phase::RowLookup) {
-            let rests = self.residency[group.tensors[0]].place(on);
+            let rests = self.residency[group.tensors[0]].place(home);
             if rests != on {
                 let row = (sizes.spec.hidden_size * sizes.weight_dtype.size_bytes()) as f64;
                 let text = if let StepKind::Prefill { text_tokens, .. } = step { text_tokens as f64 } else { rows };
@@ -249,14 +326,7 @@ impl Placement {
 
     /// Consecutive units of one device.
     pub(crate) fn stages(&self, sizes: &Sizes) -> Vec<StagePlan> {
-        let mut stages: Vec<StagePlan> = Vec::new();
-        for (&unit, &device) in sizes.units.iter().zip(&self.executes_on) {
-            match stages.last_mut() {
-                Some(stage) if stage.device == device => stage.units.push(unit),
-                _ => stages.push(StagePlan { device, units: vec![unit] }),
-            }
-        }
-        stages
+        StagePlan::join(self.executes_on.iter().copied().zip(sizes.units.iter().copied()))
     }
 
     /// Every tensor of the inventory with its place.
@@ -301,6 +371,7 @@ impl Placement {
             activation_dtype: sizes.activation_dtype,
             limits: sizes.limits,
             stages: self.stages(sizes),
+            prefill: self.prefill,
             placements: self.tensors(sizes),
             devices,
             links: self.links(sizes),

@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer};
 use crate::account::Placement;
 use crate::error::PlanError;
 use crate::own::sizes::{Group, Sizes};
-use crate::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Residency};
+use crate::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, Prefill, Residency};
 
 impl Plan {
     /// Where every tensor rests, as a device map: modules whose tensors all rest in one place are one key, and `""`
@@ -85,10 +85,17 @@ impl Plan {
                 request.budgets.push(DeviceBudget { device, bytes: 0 });
             }
         }
+        if let Some(Prefill { device, .. }) = self.prefill
+            && request.budgets.iter().all(|budget| budget.device != device)
+        {
+            let problem = format!("is on `{device}`, which has no budget in `--max-memory`");
+            return Err(wrong("prefill", &problem));
+        }
         let stages = self.stages.iter();
         let executes_on = stages.flat_map(|stage| std::iter::repeat_n(stage.device, stage.units.len())).collect();
         let residency = self.placements.iter().map(|placement| placement.residency).collect();
-        Placement { executes_on, residency }.into_plan(&sizes, &request, self.policy, self.notices.clone())
+        let placement = Placement { executes_on, residency, prefill: self.prefill };
+        placement.into_plan(&sizes, &request, self.policy, self.notices.clone())
     }
 
     /// Follows a device map that was written by hand or by accelerate. Keys are module paths or names of tensors; the
@@ -190,7 +197,7 @@ fn follow(sizes: &Sizes, rests: &[Device], main: Option<Device>, notices: &mut V
     if kept > 0 {
         notices.push(format!("{kept} B of norms and other vectors stay with their units, whatever the map says"));
     }
-    Placement { executes_on, residency }
+    Placement { executes_on, residency, prefill: None }
 }
 
 /// Bytes of `groups` on each card, in the order in which their tensors come.

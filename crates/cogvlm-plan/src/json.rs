@@ -12,8 +12,8 @@ use crate::error::PlanError;
 use crate::links::Links;
 use crate::own::sizes::Sizes;
 use crate::plan::{
-    DeviceBudget, DevicePlan, LinkPlan, Plan, PlanRequest, Policy, Residency, StagePlan, check_budgets, check_limits,
-    limits_on,
+    DeviceBudget, DevicePlan, LinkPlan, Plan, PlanRequest, Policy, Prefill, Residency, StagePlan, check_budgets,
+    check_limits, limits_on,
 };
 use crate::tensor::plan_reserving;
 
@@ -34,6 +34,8 @@ struct PlanFile {
     placed: Vec<(String, Device)>,
     devices: Map<String, Value>,
     stages: Vec<StageFile>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    prefill: Option<Prefill>,
     /// Where each tensor rests that does not rest with the unit that uses it.
     tensors_off_device: Map<String, Value>,
     links: Vec<LinkFile>,
@@ -112,6 +114,7 @@ impl Plan {
                     units: stage.units.iter().map(|&unit| unit_path(unit)).collect(),
                 })
                 .collect(),
+            prefill: self.prefill,
             tensors_off_device: self.tensors_off_device(),
             links: self
                 .links
@@ -190,7 +193,8 @@ impl Plan {
         let known = |device: Device| devices.contains_key(&device);
         let executes_on = read_stages(&file.stages, &sizes, known)?;
         let residency = read_residency(&file.tensors_off_device, &sizes, &executes_on, known)?;
-        let placement = Placement { executes_on, residency };
+        let placement = Placement { executes_on, residency, prefill: file.prefill };
+        placement.check_prefill(&sizes, known)?;
 
         let reserve = devices.values().map(|device| device.reserved_bytes).max().unwrap_or(0);
         let plan = Self {
@@ -200,6 +204,7 @@ impl Plan {
             activation_dtype: file.activation_dtype,
             limits,
             stages: placement.stages(&sizes),
+            prefill: placement.prefill,
             placements: placement.tensors(&sizes),
             devices: placement.devices(&sizes, &budgets, reserve),
             links: placement.links(&sizes),
@@ -364,6 +369,27 @@ fn read_residency(
     Ok(residency)
 }
 
+impl Placement {
+    /// Refuses a card that prefills nothing, or cannot.
+    fn check_prefill(&self, sizes: &Sizes, known: impl Fn(Device) -> bool) -> Result<(), PlanError> {
+        let Some(Prefill { device, from_rows }) = self.prefill else { return Ok(()) };
+        if !matches!(device, Device::Gpu(_)) || !known(device) {
+            return Err(wrong("prefill.device", &format!("is `{device}`, which is no card that `devices` lists")));
+        }
+        if device.process() != Device::Cpu.process() {
+            return Err(wrong("prefill.device", &format!("is `{device}`, which is not of the host's process")));
+        }
+        if from_rows == 0 {
+            return Err(wrong("prefill.from_rows", "is 0; a step has at least one row"));
+        }
+        let mut units = self.executes_on.iter().zip(&sizes.units);
+        if !units.any(|(&on, &unit)| Prefill::takes(on, unit)) {
+            return Err(wrong("prefill", "is there, but the host executes no decoder layer"));
+        }
+        Ok(())
+    }
+}
+
 /// A plan of cards that compute every layer together: made again from the little that it depends on, and compared.
 fn read_group(
     file: PlanFile, spec: &ModelSpec, limits: StepLimits, budgets: Vec<DeviceBudget>,
@@ -386,6 +412,9 @@ fn read_group(
     let units = |stage: &StagePlan| stage.units.iter().map(|&unit| unit_path(unit)).collect();
     if plan.stages.iter().map(|stage| (stage.device, units(stage))).collect::<Vec<_>>() != stages {
         return Err(wrong("stages", "are not all units on the first device of `tensor_parallel`"));
+    }
+    if file.prefill.is_some() {
+        return Err(wrong("prefill", "is there, but devices of `tensor_parallel` compute every step"));
     }
     if plan.tensors_off_device() != file.tensors_off_device {
         return Err(wrong("tensors_off_device", "is not what the budgets of `tensor_parallel` leave to other devices"));

@@ -89,19 +89,21 @@ impl PlanRequest {
         Sizes::new(&self.spec, self.weight_dtype, self.activation_dtype, limits_on(self.limits, &self.budgets))
     }
 
-    /// What stays free on every card: the reserve, and what the driver keeps to stream as much as may rest off the cards.
+    /// What stays free on every card: the reserve, and what the driver keeps of host memory that it locks, as much as may
+    /// rest off the cards, KV cache of layers that a card prefills for the host included.
     pub(crate) fn card_reserve_bytes(&self, sizes: &Sizes) -> u64 {
         if self.reserve_bytes == 0 {
             return 0;
         }
-        let weight_bytes = sizes.groups.iter().map(|group| group.bytes).sum();
-        let streamed = self.budgets.iter().map(|budget| match budget.device {
+        let weight_bytes: u64 = sizes.groups.iter().map(|group| group.bytes).sum();
+        let most = weight_bytes.saturating_add(sizes.kv_bytes(&(0..sizes.units.len())));
+        let locked = self.budgets.iter().map(|budget| match budget.device {
             Device::Gpu(_) => 0,
-            Device::Cpu => budget.bytes.min(weight_bytes),
+            Device::Cpu => budget.bytes.min(most),
             Device::Disk => weight_bytes,
         });
-        let streamed = streamed.sum::<u64>().min(weight_bytes);
-        let for_pages = streamed.div_ceil(HOST_BYTES_PER_RESERVED_BYTE).next_multiple_of(MIB);
+        let locked = locked.sum::<u64>().min(most);
+        let for_pages = locked.div_ceil(HOST_BYTES_PER_RESERVED_BYTE).next_multiple_of(MIB);
         self.reserve_bytes.saturating_add(for_pages)
     }
 
@@ -195,6 +197,40 @@ pub struct StagePlan {
     pub units: Vec<Unit>,
 }
 
+impl StagePlan {
+    /// Consecutive units of one device become a stage.
+    pub(crate) fn join(units: impl Iterator<Item = (Device, Unit)>) -> Vec<Self> {
+        let mut stages: Vec<Self> = Vec::new();
+        for (device, unit) in units {
+            match stages.last_mut() {
+                Some(stage) if stage.device == device => stage.units.push(unit),
+                _ => stages.push(Self { device, units: vec![unit] }),
+            }
+        }
+        stages
+    }
+}
+
+/// Prompts on another device than decoding: a card executes the embedding and the decoder layers of the host in steps of
+/// many rows, where it computes so much faster that it is worth streaming their weights to it. The KV cache of these
+/// layers lies in host memory, which both use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prefill {
+    /// The card.
+    pub device: Device,
+    /// Rows from which on it is the card's turn. Prompts with images are the card's, however short; steps of one row for
+    /// each sequence are the host's, however many.
+    pub from_rows: usize,
+}
+
+impl Prefill {
+    /// Whether the card takes a unit over that `executes_on` executes otherwise.
+    pub(crate) fn takes(executes_on: Device, unit: Unit) -> bool {
+        executes_on == Device::Cpu && matches!(unit, Unit::Embedding | Unit::DecoderLayer(_))
+    }
+}
+
 /// What a device holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DevicePlan {
@@ -204,11 +240,12 @@ pub struct DevicePlan {
     pub budget_bytes: Option<u64>,
     /// Weights that rest here.
     pub weight_bytes: u64,
-    /// KV cache of the decoder layers executed here.
+    /// KV cache of the decoder layers executed here, but for those that are only prefilled here.
     pub kv_bytes: u64,
     /// Activations of the units executed here.
     pub workspace_bytes: u64,
-    /// The staging ring through which weights resting elsewhere are streamed.
+    /// The staging ring through which weights resting elsewhere are streamed, and a copy of the norms of layers that are
+    /// only prefilled here.
     pub staging_bytes: u64,
     /// Set aside for what is not ours to place.
     pub reserved_bytes: u64,
@@ -255,6 +292,8 @@ pub struct Plan {
     pub limits: StepLimits,
     /// Stages in the order of execution. Every unit stands in exactly one.
     pub stages: Vec<StagePlan>,
+    /// Where steps of many rows go otherwise; `None` where all steps pass through the same stages.
+    pub prefill: Option<Prefill>,
     /// Every tensor of the inventory, in its order.
     pub placements: Vec<TensorPlacement>,
     /// What each device holds, in device order.
@@ -284,10 +323,34 @@ impl Plan {
         self.placements.iter().find(|placement| placement.tensor.name == name)
     }
 
+    /// The stages of steps that are the card's of [`Prefill`]; `None` where there are no such steps.
+    pub fn prefill_stages(&self) -> Option<Vec<StagePlan>> {
+        let prefill = self.prefill?;
+        let units = self.stages.iter().flat_map(|stage| stage.units.iter().map(|unit| (stage.device, *unit)));
+        let units = units.map(|(on, unit)| (if Prefill::takes(on, unit) { prefill.device } else { on }, unit));
+        Some(StagePlan::join(units))
+    }
+
+    /// The units that `device` executes in steps of any kind, in the order of execution.
+    pub fn executed_on(&self, device: Device) -> Vec<Unit> {
+        let units = self.stages.iter().flat_map(|stage| stage.units.iter().map(|unit| (stage.device, *unit)));
+        let is_its = |(on, unit): &(Device, Unit)| {
+            let prefills = self.prefill.is_some_and(|prefill| prefill.device == device && Prefill::takes(*on, *unit));
+            *on == device || prefills
+        };
+        units.filter(is_its).map(|(_, unit)| unit).collect()
+    }
+
+    /// Who prefills a unit that `executes_on` executes otherwise, where that is somebody else.
+    pub fn prefills(&self, executes_on: Device, unit: Unit) -> Option<Device> {
+        self.prefill.filter(|_| Prefill::takes(executes_on, unit)).map(|prefill| prefill.device)
+    }
+
     /// Whether a run needs a backend on `device`: it executes, or holds weights for one that does. Weights in host
     /// memory or in the file are read where they are mapped.
     pub fn uses(&self, device: Device) -> bool {
         self.stages.iter().any(|stage| stage.device == device)
+            || self.prefill.is_some_and(|prefill| prefill.device == device)
             || self.placements.iter().any(|placement| placement.residency == Residency::Peer(device))
     }
 }

@@ -26,7 +26,8 @@ impl Plan {
         let executes_on = stages.flat_map(|stage| std::iter::repeat_n(stage.device, stage.units.len())).collect();
         let residency = self.placements.iter().map(|placement| placement.residency).collect();
         let members = self.tensor_parallel.clone();
-        Prediction { sizes, placement: Placement { executes_on, residency }, links: links.clone(), members }
+        let placement = Placement { executes_on, residency, prefill: self.prefill };
+        Prediction { sizes, placement, links: links.clone(), members }
     }
 }
 

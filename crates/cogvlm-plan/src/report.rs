@@ -69,16 +69,17 @@ impl Plan {
         table(text, &rows, &[0, 1]);
     }
 
-    /// `ViT 0-31, adapter, layers 0-15`.
+    /// `ViT 0-31, adapter, layers 16-31; prompts: layers 0-15`.
     fn units_on(&self, device: Device) -> String {
-        let units = self.stages.iter().flat_map(|stage| stage.units.iter().map(|unit| (stage.device, unit)));
-        let units = units.filter(|(on, unit)| self.takes_part(device, *on, **unit)).map(|(_, unit)| unit);
-        let parts = ranges(units.map(|unit| match unit {
-            Unit::VitLayer(layer) => ("ViT".to_owned(), Some(*layer)),
-            Unit::DecoderLayer(layer) => ("layers".to_owned(), Some(*layer)),
-            other => (other.to_string(), None),
-        }));
-        if parts.is_empty() { "nothing".to_owned() } else { parts.join(", ") }
+        let units = || self.stages.iter().flat_map(|stage| stage.units.iter().map(|unit| (stage.device, *unit)));
+        let own = units().filter(|(on, unit)| self.takes_part(device, *on, *unit)).map(|(_, unit)| unit);
+        let prefilled = units().filter(|(on, unit)| self.prefills(*on, *unit) == Some(device)).map(|(_, unit)| unit);
+        match (unit_names(own), unit_names(prefilled)) {
+            (own, prefilled) if own.is_empty() && prefilled.is_empty() => "nothing".to_owned(),
+            (own, prefilled) if prefilled.is_empty() => own,
+            (own, prefilled) if own.is_empty() => format!("prompts: {prefilled}"),
+            (own, prefilled) => format!("{own}; prompts: {prefilled}"),
+        }
     }
 
     fn write_links(&self, text: &mut String) {
@@ -253,6 +254,16 @@ impl Kind {
             Self::Head => "head",
         }
     }
+}
+
+/// `ViT 0-31, adapter, layers 0-15`.
+fn unit_names(units: impl Iterator<Item = Unit>) -> String {
+    let parts = ranges(units.map(|unit| match unit {
+        Unit::VitLayer(layer) => ("ViT".to_owned(), Some(layer)),
+        Unit::DecoderLayer(layer) => ("layers".to_owned(), Some(layer)),
+        other => (other.to_string(), None),
+    }));
+    parts.join(", ")
 }
 
 fn place_name(device: Device) -> String {

@@ -57,7 +57,7 @@ pub(crate) fn plan_reserving(request: &PlanRequest, members: &[Device], reserve_
     let budget_of = |device: Device| request.budgets.iter().find(|budget| budget.device == device);
     let room = |device: &Device| budget_of(*device).map_or(0, |budget| budget.bytes.saturating_sub(reserve_bytes));
     let residency = residency(&sizes, &of_members, &members.iter().map(room).collect::<Vec<_>>(), &request.budgets);
-    let placement = Placement { executes_on: vec![members[0]; sizes.units.len()], residency };
+    let placement = Placement { executes_on: vec![members[0]; sizes.units.len()], residency, prefill: None };
     // The first member's part of a group is the largest.
     let is_streamed =
         |group: &&Group| group.tensors.iter().any(|&tensor| placement.residency[tensor] != Residency::Device);
@@ -81,6 +81,7 @@ pub(crate) fn plan_reserving(request: &PlanRequest, members: &[Device], reserve_
         activation_dtype: sizes.activation_dtype,
         limits: sizes.limits,
         stages: placement.stages(&sizes),
+        prefill: None,
         placements: placement.tensors(&sizes),
         links: links(&sizes, &of_members, &placement.residency, members),
         notices,

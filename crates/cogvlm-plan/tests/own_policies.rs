@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use cogvlm_core::memory::GIB;
 use cogvlm_core::workspace::{StepLimits, kv_bytes_per_layer, workspace_bytes};
 use cogvlm_core::{DType, Device, Phase, Unit, tensor_inventory};
-use cogvlm_plan::links::Links;
-use cogvlm_plan::plan::{DeviceBudget, Plan, PlanRequest, Policy, Residency};
+use cogvlm_plan::links::{HostRates, Links};
+use cogvlm_plan::plan::{DeviceBudget, Plan, PlanRequest, Policy, Prefill, Residency};
 use cogvlm_plan::{Change, PlanError, plan};
 use common::{all_at_home, host_reading, request, request_of, streamed_token_bytes, token_bytes, weights_on};
 
@@ -32,6 +32,13 @@ fn decoder_layers_on(plan: &Plan, device: Device) -> usize {
 /// Rates with which nothing is worth computing on the host.
 fn slow_host() -> Links {
     host_reading(1e8)
+}
+
+/// A host of 16 cores that reads more than twice of what a link copies.
+fn host_of_a_server() -> Links {
+    let links = Links::default().with_card_name(0, "NVIDIA H100 80GB HBM3");
+    let host = HostRates { read_bytes_per_s: 135e9, bf16_flops_per_s: 1e12, ..*links.host() };
+    links.with_host(host)
 }
 
 #[test]
@@ -157,6 +164,47 @@ fn hot_overflow_goes_where_it_is_faster() {
     let (none, streamed) = layers_on_host("0:12GiB,cpu:40GiB", Links::default(), (64, 64));
     assert!(computed > 0, "nothing is computed on the host");
     assert!(none == 0 && streamed > GIB, "{none} layers on the host, {streamed} B streamed");
+}
+
+/// What the host decodes, a card prefills, from as many tokens of text on as it is faster with.
+#[test]
+fn prompts_of_the_host_go_to_a_card() {
+    let planned_for = |max_memory, links| PlanRequest { links, ..request(max_memory, Policy::Auto) };
+    let request = planned_for("0:8GiB,cpu:40GiB", host_of_a_server());
+    let by_card = plan(&request).unwrap();
+    let prefill = by_card.prefill.expect("a card computes prompts sooner");
+    let by_host = Plan { prefill: None, ..by_card.clone() };
+    let prediction = |plan: &Plan| plan.prediction(&request.spec, &request.links);
+    let [image_s, by_host_image_s] = [&by_card, &by_host].map(|plan| prediction(plan).prefill_s(true, 33));
+    assert!(image_s < 0.2 * by_host_image_s, "an image takes {image_s} s in place of {by_host_image_s}");
+    assert_eq!(image_s, by_card.seconds_per_image);
+    // Below, steps go the host's way; there and above, the card's.
+    let always = Plan { prefill: Some(Prefill { from_rows: 1, ..prefill }), ..by_card.clone() };
+    let rows = prefill.from_rows;
+    let text_s = |plan: &Plan| [rows - 1, rows].map(|text| prediction(plan).prefill_s(false, text));
+    let (found, of_card, of_host) = (text_s(&by_card), text_s(&always), text_s(&by_host));
+    assert!(of_card[0] >= of_host[0] && of_card[1] < of_host[1], "{of_card:?} {of_host:?}");
+    assert_eq!(found, [of_host[0], of_card[1]]);
+    // The host has the KV cache of its layers, the card a place for a group of them in each slot of its ring.
+    let kv = kv_bytes_per_layer(&request.spec, &request.limits, request.activation_dtype);
+    let on_host = decoder_layers_on(&by_card, Device::Cpu) as u64;
+    let [card, host] = [0, 1].map(|index| by_card.devices[index]);
+    assert_eq!([card.kv_bytes, host.kv_bytes], [(32 - on_host) * kv, on_host * kv]);
+    let norms = on_host * (2 * 4096 * 2 + 128);
+    assert_eq!(card.staging_bytes, 2 * LARGEST_MATRIX + norms);
+    let stages = by_card.prefill_stages().unwrap();
+    assert_eq!(stages.len(), 1, "{stages:?}");
+    // Nothing is left to a card where the host does nothing, or is faster.
+    for (max_memory, links) in [
+        ("0:8GiB,cpu:40GiB", slow_host()),
+        ("0:16GiB,cpu:40GiB", host_of_a_server()),
+        ("cpu:40GiB", host_of_a_server()),
+    ] {
+        assert!(plan(&planned_for(max_memory, links)).unwrap().prefill.is_none(), "{max_memory}");
+    }
+    let host = HostRates { bf16_flops_per_s: 1e15, ..*host_of_a_server().host() };
+    let fast_host = planned_for("0:8GiB,cpu:40GiB", host_of_a_server().with_host(host));
+    assert!(plan(&fast_host).unwrap().prefill.is_none(), "a host that computes as much as a card");
 }
 
 #[test]

@@ -78,6 +78,23 @@ fn cleaning_agrees_with_accelerate() {
     }
 }
 
+#[test]
+fn who_prefills_for_the_host_survives() {
+    let request = request("0:12GiB,cpu:24GiB", Policy::Auto);
+    let plan = plan(&request).unwrap();
+    let value: Value = serde_json::from_str(&plan.to_json()).unwrap();
+    let from_rows = plan.prefill.expect("the host decodes layers").from_rows;
+    assert_eq!(value["prefill"], json!({"device": 0, "from_rows": from_rows}));
+    assert_eq!(Plan::from_json(&plan.to_json(), &request.spec).unwrap(), plan);
+    // Another run of it, and one whose budgets lack the card.
+    assert_eq!(plan.for_request(&request).unwrap(), plan);
+    let mut without = request.clone();
+    without.budgets.remove(0);
+    assert!(plan.for_request(&without).unwrap_err().to_string().contains("is on `0`, which has no budget"));
+    // Plans that have none say nothing.
+    assert!(written("0:80GiB", Policy::Auto).get("prefill").is_none());
+}
+
 /// What reading says of the headline plan, or of one that streams, after `change`.
 fn refusal(max_memory: &str, change: impl FnOnce(&mut Value)) -> String {
     let mut value = written(max_memory, Policy::Balanced);
@@ -239,6 +256,32 @@ fn what_does_not_hold_is_named() {
             "0:12GiB,cpu:24GiB",
             Box::new(|plan| plan["tensors_off_device"]["model.layers.0.mlp.language_mlp.up_proj.weight"] = json!(0)),
             "`tensors_off_device.model.layers.0.mlp.language_mlp.up_proj.weight`: is a card, but units of the host",
+        ),
+        (
+            "0:12GiB,cpu:24GiB",
+            Box::new(|plan| plan["prefill"]["device"] = json!("cpu")),
+            "`prefill.device`: is `cpu`, which is no card that `devices` lists",
+        ),
+        (
+            "0:12GiB,cpu:24GiB",
+            Box::new(|plan| plan["prefill"]["device"] = json!(1)),
+            "`prefill.device`: is `1`, which is no card that `devices` lists",
+        ),
+        (
+            "0:12GiB,cpu:24GiB",
+            Box::new(|plan| plan["prefill"]["from_rows"] = json!(0)),
+            "`prefill.from_rows`: is 0; a step has at least one row",
+        ),
+        ("0:12GiB,cpu:24GiB", Box::new(|plan| plan["prefill"]["to"] = json!(0)), "`plan`: unknown field `to`"),
+        (
+            "0:12GiB,cpu:24GiB",
+            Box::new(|plan| drop(plan.as_object_mut().unwrap().remove("prefill"))),
+            "`devices.0.staging_bytes`: is ",
+        ),
+        (
+            headline,
+            Box::new(|plan| plan["prefill"] = json!({"device": 0, "from_rows": 1})),
+            "`prefill`: is there, but the host executes no decoder layer",
         ),
     ];
     for (max_memory, change, expected) in cases {

@@ -107,6 +107,13 @@ fn check_memory(plan: &Plan, request: &PlanRequest) -> Result<(), TestCaseError>
     let units: Vec<Unit> = plan.stages.iter().flat_map(|stage| stage.units.clone()).collect();
     prop_assert_eq!(units, Unit::execution_order(&request.spec));
     prop_assert!(plan.stages.windows(2).all(|pair| pair[0].device != pair[1].device));
+    if let Some(stages) = plan.prefill_stages() {
+        let units: Vec<Unit> = stages.iter().flat_map(|stage| stage.units.clone()).collect();
+        prop_assert_eq!(units, Unit::execution_order(&request.spec));
+        prop_assert!(stages.windows(2).all(|pair| pair[0].device != pair[1].device));
+        let layers = stages.iter().filter(|stage| stage.device == Device::Cpu).flat_map(|stage| &stage.units);
+        prop_assert!(layers.into_iter().all(|unit| *unit == Unit::Head), "the host prefills");
+    }
 
     let kv = kv_bytes_per_layer(&request.spec, &request.limits, request.activation_dtype);
     let weight_bytes: u64 = plan.placements.iter().map(|placement| placement.bytes).sum();
@@ -120,17 +127,21 @@ fn check_memory(plan: &Plan, request: &PlanRequest) -> Result<(), TestCaseError>
             Residency::Host => device == Device::Cpu,
             Residency::File => device == Device::Disk,
         };
-        let mut held = 0;
+        let (mut held, mut norms) = (0, 0);
         let mut slots: Vec<(Unit, WeightGroup, u64)> = Vec::new();
         for placement in &plan.placements {
             let tensor = &placement.tensor;
             let bytes = tensor.num_elements() as u64 * request.weight_dtype.size_bytes() as u64;
             held += if rests(placement.residency, placement.executes_on) { bytes } else { 0 };
-            let streamed = placement.executes_on == device
+            let prefilled = plan.prefills(placement.executes_on, tensor.unit) == Some(device);
+            if prefilled && tensor.group == WeightGroup::Norms {
+                norms += bytes;
+            }
+            let streamed = (placement.executes_on == device || prefilled)
                 && device != Device::Cpu
                 && placement.residency != Residency::Device
                 && tensor.phase != Phase::RowLookup;
-            if streamed {
+            if streamed && !(prefilled && tensor.group == WeightGroup::Norms) {
                 prop_assert!(tensor.group != WeightGroup::Norms, "norms are streamed");
                 let bytes = bytes.next_multiple_of(STAGING_ALIGN);
                 match slots.iter_mut().find(|(unit, group, _)| (*unit, *group) == (tensor.unit, tensor.group)) {
@@ -146,14 +157,15 @@ fn check_memory(plan: &Plan, request: &PlanRequest) -> Result<(), TestCaseError>
             }
         }
         let layers = own.iter().filter(|unit| matches!(unit, Unit::DecoderLayer(_))).count() as u64;
-        let work = workspace_bytes(&request.spec, &own, &plan.limits, request.activation_dtype);
-        let staging = STAGING_SLOTS as u64 * slots.iter().map(|(.., slot)| *slot).max().unwrap_or(0);
+        let work = workspace_bytes(&request.spec, &plan.executed_on(device), &plan.limits, request.activation_dtype);
+        let staging = STAGING_SLOTS as u64 * slots.iter().map(|(.., slot)| *slot).max().unwrap_or(0) + norms;
         let used = held + layers * kv + work + staging;
         let stated = plan.devices.iter().find(|plan| plan.device == device);
         let reserve = stated.map_or(0, |plan| plan.reserved_bytes);
         if matches!(device, Device::Gpu(_)) && used > 0 {
             // What the driver keeps for registered pages is a part of what may rest off the cards.
-            let most = if request.reserve_bytes > 0 { weight_bytes / 384 + MIB } else { 0 };
+            let most = (weight_bytes + request.spec.num_layers as u64 * kv) / 384 + MIB;
+            let most = if request.reserve_bytes > 0 { most } else { 0 };
             prop_assert!((request.reserve_bytes..=request.reserve_bytes + most).contains(&reserve));
         } else {
             prop_assert_eq!(reserve, 0);

@@ -37,7 +37,8 @@ pub(crate) fn attention<T: Element>(
     expect_buffer(OP, "kv", kv, num_blocks, kv_columns)?;
 
     let query = query.view::<T>(OP, "query")?;
-    let kv = kv.view::<T>(OP, "kv")?;
+    let held = kv.hold::<T>(OP, "kv")?;
+    let kv = bytemuck::cast_slice::<u8, T>(&held);
     let out = out.view_mut::<T>(OP, "out")?;
     let mut row_blocks = Vec::new();
     let mut owners = Vec::new();

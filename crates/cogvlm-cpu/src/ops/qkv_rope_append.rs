@@ -44,7 +44,8 @@ pub(crate) fn qkv_rope_append<T: Element>(
 
     let (x, rope) = (x.view::<T>(OP, "x")?, rope.view::<f32>(OP, "rope")?);
     let query = Disjoint::new(query.view_mut::<T>(OP, "query")?);
-    let kv = Disjoint::new(kv.view_mut::<T>(OP, "kv")?);
+    let mut held = kv.hold_mut::<T>(OP, "kv")?;
+    let kv = Disjoint::new(bytemuck::cast_slice_mut::<u8, T>(&mut held));
     for range in ranges.iter().filter(|range| !range.rows.is_empty()) {
         let weights = [expert_weight(OP, weights, range)?];
         let product = Product { input: Input::Rows(x), rows: range.rows.clone(), depth, weights };

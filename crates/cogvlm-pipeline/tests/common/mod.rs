@@ -12,7 +12,7 @@ use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, ModelSpec, TensorSpec};
 use cogvlm_cpu::{CpuBackend, Threads};
 use cogvlm_pipeline::{Engine, Event, Image, Request, RequestId, WeightSource, load_plan};
-use cogvlm_plan::links::Links;
+use cogvlm_plan::links::{CardRates, HostRates, Links};
 use cogvlm_plan::plan;
 use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy};
 
@@ -25,7 +25,29 @@ pub(crate) fn source() -> ModelSource {
 pub(crate) fn plan_for(
     source: &ModelSource, budgets: &[(Device, u64)], policy: Policy, limits: StepLimits, activations: DType,
 ) -> Plan {
-    plan(&plan_request(source, budgets, policy, limits, activations)).unwrap_or_else(|error| panic!("{error}"))
+    plan_on(Links::default(), source, budgets, policy, limits, activations)
+}
+
+/// A plan for a host that reads much faster than it computes, and than the links copy: it decodes what the cards do not
+/// hold, and a card prefills that.
+pub(crate) fn prefilled_plan(
+    source: &ModelSource, budgets: &[(Device, u64)], limits: StepLimits, activations: DType,
+) -> Plan {
+    let links = Links::default();
+    let host = HostRates { read_bytes_per_s: 4e12, f32_flops_per_s: 4e9, bf16_flops_per_s: 4e9, ..*links.host() };
+    let card = CardRates { from_host_bytes_per_s: 3e8, ..*links.card(0) };
+    let links = links.with_host(host).with_card(0, "a card", card).with_card(1, "a card", card);
+    let plan = plan_on(links, source, budgets, Policy::Auto, limits, activations);
+    assert!(plan.prefill.is_some(), "the host computes prompts: {budgets:?}");
+    plan
+}
+
+fn plan_on(
+    links: Links, source: &ModelSource, budgets: &[(Device, u64)], policy: Policy, limits: StepLimits,
+    activations: DType,
+) -> Plan {
+    let request = PlanRequest { links, ..plan_request(source, budgets, policy, limits, activations) };
+    plan(&request).unwrap_or_else(|error| panic!("{error}"))
 }
 
 pub(crate) fn plan_request(

@@ -51,8 +51,8 @@ impl Caps {
 }
 
 /// What packing text units depends on: the capacity, whether the table stays, whether the vision tower is there, how many
-/// units, whether the embedding and the head are among them.
-pub(crate) type PackKey = (u64, bool, bool, (usize, bool, bool));
+/// units, whether the embedding and the head are among them; how many units of the host the card prefills.
+pub(crate) type PackKey = (u64, bool, bool, (usize, bool, bool), usize);
 
 /// A cost to minimise, then one to choose among equals.
 type Cost = (f64, f64);
@@ -66,6 +66,7 @@ pub(crate) struct TextCuts {
     first: usize,
     num_cards: usize,
     vision: Range<usize>,
+    with_prefill: bool,
 }
 
 impl TextCuts {
@@ -80,20 +81,37 @@ impl TextCuts {
             start = end;
         }
         shares[self.vision_on].vision = self.vision.clone();
+        shares[self.cards[0]].prefill = self.prefill(num_host);
         Some((cost.0, Cut { shares, host: self.first..self.first + num_host }))
     }
 }
 
+impl TextCuts {
+    /// What the first card prefills where the host executes the first `num_host` text units.
+    fn prefill(&self, num_host: usize) -> Range<usize> {
+        prefill(self.with_prefill, self.first, num_host, self.best[0].len() - 1)
+    }
+}
+
+/// Of the first `num_host` of `num_text` text units from `first` on, those that the first card prefills. The head is
+/// where the rows of a step are few.
+fn prefill(with_prefill: bool, first: usize, num_host: usize, num_text: usize) -> Range<usize> {
+    let num_host = if with_prefill { num_host.min(num_text - 1) } else { 0 };
+    first..first + num_host
+}
+
 impl Planner<'_> {
     /// Cuts the text units over `cards` (indices in ascending order), with the whole vision tower on card `vision_on`.
+    /// `with_prefill`: the first of them prefills what the host executes.
     pub(crate) fn cut_text(
-        &self, cards: &[usize], vision_on: usize, rule: TextRule, with_table: bool,
+        &self, cards: &[usize], vision_on: usize, rule: TextRule, with_table: bool, with_prefill: bool,
     ) -> Option<TextCuts> {
         let (first, num_units) = (self.sizes.num_vision, self.sizes.num_text());
         let vision = 0..first;
         let share = |card: usize, text: Range<usize>| Share {
             vision: if card == vision_on { vision.clone() } else { 0..0 },
             text: first + text.start..first + text.end,
+            prefill: if card == cards[0] { prefill(with_prefill, first, text.start, num_units) } else { 0..0 },
         };
         // A tower that does not even fit by itself fits nowhere.
         self.pack(vision_on, &share(vision_on, 0..0), with_table)?;
@@ -127,7 +145,8 @@ impl Planner<'_> {
                 }
             }
         }
-        Some(TextCuts { best, cards: cards.to_vec(), vision_on, first, num_cards: self.cards.len(), vision })
+        let (cards, num_cards) = (cards.to_vec(), self.cards.len());
+        Some(TextCuts { best, cards, vision_on, first, num_cards, vision, with_prefill })
     }
 
     /// Seconds of a decode step of the planned batch; `None` where the rule does not allow it.
@@ -161,7 +180,7 @@ impl Planner<'_> {
             for start in 0..=num_units {
                 for end in (start..=num_units).rev() {
                     let Some((rest, _)) = best[card + 1][end] else { continue };
-                    let share = Share { vision: start..end, text: cut.shares[card].text.clone() };
+                    let share = Share { vision: start..end, ..cut.shares[card].clone() };
                     let Some(packed) = self.pack(card, &share, with_table).filter(|packed| packed.hot_off == 0) else {
                         continue;
                     };
@@ -245,8 +264,8 @@ impl Planner<'_> {
         for card in (0..self.cards.len()).rev() {
             let end = frontiers[card + 1][at];
             let start = frontiers[card][end.from];
-            shares[card] =
-                Share { vision: start.vision..end.vision, text: num_vision + start.text..num_vision + end.text };
+            let text = num_vision + start.text..num_vision + end.text;
+            shares[card] = Share { vision: start.vision..end.vision, text, prefill: 0..0 };
             at = end.from;
         }
         Some(Cut { shares, host: num_vision..num_vision })
@@ -258,7 +277,7 @@ impl Planner<'_> {
             return false;
         }
         let text = self.sizes.num_vision + text.start..self.sizes.num_vision + text.end;
-        let share = Share { vision, text };
+        let share = Share { vision, text, prefill: 0..0 };
         share.is_empty()
             || self.read_seconds(card, &share.text) <= caps.step_s
                 && self.resident_bytes(&share).saturating_add(caps.free_bytes) <= self.cards[card].capacity
@@ -278,7 +297,7 @@ impl Planner<'_> {
 
     /// Everything that a card holds which executes `share` and keeps all its weights; without the reserve.
     pub(crate) fn resident_bytes(&self, share: &Share) -> u64 {
-        let (sizes, Share { vision, text }) = (&self.sizes, share);
+        let (sizes, Share { vision, text, .. }) = (&self.sizes, share);
         let table = if text.contains(&sizes.num_vision) { sizes.table_bytes } else { 0 };
         let weights =
             sizes.norm_bytes(text) + sizes.hot_bytes(text) + sizes.cold_bytes(text) + sizes.cold_bytes(vision);
@@ -299,7 +318,7 @@ impl Planner<'_> {
     fn pack_text(&self, card: usize, share: &Share, with_table: bool) -> Option<Packed> {
         let (table, head) = (self.sizes.num_vision, self.sizes.units.len() - 1);
         let text = (share.text.len(), share.text.contains(&table), share.text.contains(&head));
-        let key = (self.cards[card].capacity, with_table, !share.vision.is_empty(), text);
+        let key = (self.cards[card].capacity, with_table, !share.vision.is_empty(), text, share.prefill.len());
         *self.packed.borrow_mut().entry(key).or_insert_with(|| self.pack(card, share, with_table))
     }
 

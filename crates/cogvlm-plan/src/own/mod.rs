@@ -16,7 +16,7 @@ use crate::account::{Placement, Times};
 use crate::cost::{card_flops_per_s, read_bytes_per_s};
 use crate::error::PlanError;
 use crate::links::Links;
-use crate::plan::{Plan, PlanRequest, Policy};
+use crate::plan::{Plan, PlanRequest, Policy, Prefill};
 use cut::{Caps, Cut, PackKey, TextRule, VisionRule};
 use pack::{Packed, Share};
 use settle::Settled;
@@ -221,7 +221,7 @@ impl<'a> Planner<'a> {
             Some((score(rule, &times), cut, settled))
         };
         let whole = self.vision_candidates(cards).into_iter().filter_map(|vision_on| {
-            let cuts = self.cut_text(cards, vision_on, TextRule::Even, with_table)?;
+            let cuts = self.cut_text(cards, vision_on, TextRule::Even, with_table, false)?;
             judged(cuts.after_host(0)?.1)
         });
         let whole = whole.min_by(|(a, ..), (b, ..)| compare(a, b))?;
@@ -236,16 +236,34 @@ impl<'a> Planner<'a> {
     }
 
     /// The cards do not hold the hot weights: the first layers are executed on the host, or weights are streamed,
-    /// whichever makes the decode step of the planned batch faster.
+    /// whichever makes the decode step of the planned batch faster. What the host executes, the first card prefills where
+    /// answers about images come sooner so.
     fn hot_overflow(&self) -> Option<Settled> {
+        // Both use one KV cache, so both are of one process.
+        let can_prefill = self.host.is_some()
+            && self.cards.first().is_some_and(|card| card.device.process() == Device::Cpu.process());
+        let prefilled = if can_prefill { self.fastest_overflow(true) } else { None };
+        let answers_s = |settled: &Settled| {
+            let times = settled.placement.times(&self.sizes, &self.links);
+            self.sizes.limits.max_sequences as f64 * times.image_s + ANSWER_TOKENS * times.step_s
+        };
+        let ways = prefilled.into_iter().chain(self.fastest_overflow(false));
+        ways.min_by(|a, b| answers_s(a).total_cmp(&answers_s(b)))
+    }
+
+    /// The fastest decode step; with layers that the host executes and a card prefills, or without.
+    fn fastest_overflow(&self, with_prefill: bool) -> Option<Settled> {
         let cards: Vec<usize> = (0..self.cards.len()).collect();
         let with_table = !self.host_holds_table();
         let (first, num_text) = (self.sizes.num_vision, self.sizes.num_text());
         let mut proposals: Vec<(f64, Cut)> = Vec::new();
         for vision_on in self.vision_candidates(&cards) {
-            let Some(cuts) = self.cut_text(&cards, vision_on, TextRule::Fast, with_table) else { continue };
+            let Some(cuts) = self.cut_text(&cards, vision_on, TextRule::Fast, with_table, with_prefill) else {
+                continue;
+            };
             // The embedding alone on the host is what `with_table` already stands for.
-            let on_host = (0..=num_text).filter(|&count| count != 1 && (count == 0 || self.host.is_some()));
+            let least = if with_prefill { 2 } else { 0 };
+            let on_host = (least..=num_text).filter(|&count| count != 1 && (count == 0 || self.host.is_some()));
             proposals.extend(on_host.filter_map(|count| {
                 let (seconds, cut) = cuts.after_host(count)?;
                 Some((seconds + self.host_step_seconds(&(first..first + count)), cut))
@@ -283,6 +301,12 @@ impl<'a> Planner<'a> {
         if num_on_host > 0 && !self.cards.is_empty() {
             let num_layers = num_on_host.min(self.sizes.spec.num_layers);
             notices.push(format!("decoding is bound by the host: {num_layers} decoder layers are executed there"));
+            if let Some(Prefill { device, from_rows }) = placement.prefill {
+                notices.push(format!(
+                    "`{device}` prefills them where a prompt has an image or {from_rows} tokens and more: their weights \
+                     are streamed to it, their KV cache lies in host memory"
+                ));
+            }
         }
         let streamed = self.sizes.groups.iter().filter(|group| {
             let (on, residency) = (placement.executes_on[group.unit], placement.residency[group.tensors[0]]);
@@ -302,6 +326,9 @@ impl<'a> Planner<'a> {
         notices
     }
 }
+
+/// Tokens of an answer about an image: what ways to do without enough memory on cards are compared by.
+const ANSWER_TOKENS: f64 = 256.0;
 
 /// Free bytes are evened out to this.
 const ROOM_GRAIN: u64 = 1 << 22;

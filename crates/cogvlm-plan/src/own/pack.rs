@@ -18,13 +18,24 @@ use crate::plan::STAGING_SLOTS;
 pub(crate) struct Share {
     pub(crate) vision: Range<usize>,
     pub(crate) text: Range<usize>,
+    /// Units of the host that the card prefills: just before `text`, where that is not empty.
+    pub(crate) prefill: Range<usize>,
 }
 
 impl Share {
-    pub(crate) const NONE: Self = Self { vision: 0..0, text: 0..0 };
+    pub(crate) const NONE: Self = Self { vision: 0..0, text: 0..0, prefill: 0..0 };
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.vision.is_empty() && self.text.is_empty()
+        self.vision.is_empty() && self.text.is_empty() && self.prefill.is_empty()
+    }
+
+    /// Text units that need workspace.
+    fn computed(&self) -> Range<usize> {
+        match (self.prefill.is_empty(), self.text.is_empty()) {
+            (true, _) => self.text.clone(),
+            (_, true) => self.prefill.clone(),
+            _ => self.prefill.start..self.text.end,
+        }
     }
 }
 
@@ -80,9 +91,10 @@ impl Sizes {
         &'a self, streamed: Streamed, capacity: u64, share: &Share, with_table: bool,
         keep: Option<&'a mut dyn FnMut(Range<usize>)>,
     ) -> Option<Packed> {
-        let Share { vision, text } = share;
+        let Share { vision, text, prefill } = share;
         let table = text.contains(&self.num_vision);
-        let fixed = self.norm_bytes(text) + self.kv_bytes(text) + self.workspace_bytes(vision, text);
+        let norms = self.norm_bytes(text) + self.norm_bytes(prefill);
+        let fixed = norms + self.kv_bytes(text) + self.workspace_bytes(vision, &share.computed());
         let table_bytes = if table && with_table { self.table_bytes } else { 0 };
         let (hot, cold) = (self.hot_bytes(text), self.cold_bytes(vision) + self.cold_bytes(text));
         let mut shelf = Shelf { sizes: self, room: capacity.checked_sub(fixed + table_bytes)?, keep };
@@ -91,6 +103,10 @@ impl Sizes {
             shelf.keep_all(&(self.num_vision..self.num_vision + 1), &self.groups_of);
         }
         if streamed == Streamed::Nothing {
+            // What the host keeps is streamed.
+            if !prefill.is_empty() {
+                return None;
+            }
             shelf.room = shelf.room.checked_sub(hot + cold)?;
             for units in [vision, text] {
                 shelf.keep_all(units, &self.hot_of);
@@ -132,7 +148,7 @@ impl Sizes {
             Streamed::Layers => (self.vit_layers_in(&share.vision), self.layers_in(&share.text)),
             Streamed::Everything => (share.vision.clone(), share.text.clone()),
         };
-        [vision, text].iter().map(|units| self.slot_of(units)).max().unwrap_or(0)
+        [vision, text, self.layers_in(&share.prefill)].iter().map(|units| self.slot_of(units)).max().unwrap_or(0)
     }
 }
 

@@ -73,7 +73,10 @@ impl Planner<'_> {
             }
         }
         let off_cards = residency.iter().any(|rests| matches!(rests, Residency::Host | Residency::File));
-        Some(Settled { placement: Placement { executes_on, residency }, off_cards })
+        let mut placement = Placement { executes_on, residency, prefill: None };
+        let prefills = self.cards.iter().zip(&cut.shares).find(|(_, share)| !share.prefill.is_empty());
+        placement.prefill = prefills.map(|(card, _)| placement.prefill_on(card.device, sizes, &self.links));
+        Some(Settled { placement, off_cards })
     }
 
     /// All groups: hot ones, the table, cold ones; what the host executes first, since it is read where it lies.

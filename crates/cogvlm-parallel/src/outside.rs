@@ -1,9 +1,19 @@
-//! Rows between groups of several processes.
+//! What a group has with others: rows that leave the process, memory in common.
 
 use cogvlm_backend::shape::unsupported;
 use cogvlm_backend::{Backend, BackendError, HostRows, Portable, Shardable};
 
 use crate::group::TensorParallel;
+
+impl<B: Shardable> TensorParallel<B> {
+    /// Refuses what only a device alone does.
+    pub(crate) fn expect_alone(&self, op: &'static str) -> Result<(), BackendError> {
+        match &self.group {
+            None => Ok(()),
+            Some(_) => Err(unsupported(op, "devices that compute together have no memory in common with others")),
+        }
+    }
+}
 
 /// Rows leave and enter a group once: every member has the same.
 impl<B: Shardable + Portable> Portable for TensorParallel<B> {
@@ -14,6 +24,6 @@ impl<B: Shardable + Portable> Portable for TensorParallel<B> {
     }
 
     fn unpack(&self, rows: HostRows) -> Result<Self::Parcel, BackendError> {
-        self.members().iter().map(|member| member.unpack(rows.clone())).collect()
+        self.members.iter().map(|member| member.unpack(rows.clone())).collect()
     }
 }

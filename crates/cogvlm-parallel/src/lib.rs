@@ -16,6 +16,6 @@ mod portable;
 mod shard;
 mod shares;
 
-pub use group::TensorParallel;
+pub use group::{ChannelOfOne, TensorParallel};
 pub use shard::Shard;
 pub use shares::{SharedBuffer, SharedWeight};

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use cogvlm_backend::{Backend, BackendError, HostReadError, HostTensor, HostWeight, Portable, RopeMode, rope};
+use cogvlm_cluster::ClusterError;
 use cogvlm_core::{DType, Device, ModelSpec, TensorSpec, Unit, WeightGroup};
 use cogvlm_model::{GroupKey, GroupSource, Rank, RankSpec, SourceTensor, Weights};
 use cogvlm_plan::plan::{DevicePlan, Plan, Residency, STAGING_ALIGN, STAGING_SLOTS, TensorPlacement};
@@ -79,6 +80,9 @@ pub enum LoadError {
     /// A thread could not be started.
     #[error("cannot start a thread for a rank: {0}")]
     Thread(#[from] std::io::Error),
+    /// A process of the run has failed, or rows cannot get to it as they have to.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
     /// The host refused to give a weight.
     #[error(transparent)]
     Host(#[from] HostReadError),
@@ -92,9 +96,10 @@ pub enum LoadError {
 
 impl LoadError {
     /// What to do, where that is known.
-    pub fn hint(&self) -> Option<&'static str> {
+    pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Open(source) | Self::Tensor { source, .. } => source.hint(),
+            Self::Open(source) | Self::Tensor { source, .. } => source.hint().map(str::to_owned),
+            Self::Cluster(error) => error.hint(),
             _ => None,
         }
     }
@@ -108,7 +113,7 @@ impl LoadError {
 pub fn load_plan<B: Portable>(
     plan: &Plan, spec: &ModelSpec, source: &dyn WeightSource, rope_mode: RopeMode,
     make_backend: &dyn Fn(&DevicePlan) -> Result<B, BackendError>, progress: LoadProgress<'_>,
-    processes: Option<Processes>,
+    processes: Option<Processes<B>>,
 ) -> Result<Ranks<B>, LoadError> {
     let process = processes.as_ref().map_or(0, Processes::rank);
     let ranks = load_ranks(plan, spec, source, rope_mode, make_backend, progress, process).inspect_err(|error| {
@@ -120,7 +125,7 @@ pub fn load_plan<B: Portable>(
         ranks.iter().position(|rank| rank.device == device).expect("plans list every device that executes a stage")
     };
     let stages = plan.stages.iter().map(|stage| (rank_of(stage.device), stage.units.clone())).collect();
-    Ok(Ranks::start(ranks, stages, &plan.limits, |doors| processes.map(|processes| processes.open(doors)).transpose())?)
+    Ranks::start(ranks, stages, &plan.limits, |doors| processes.map(|processes| processes.open(doors)).transpose())
 }
 
 /// All ranks of the plan, those of `process` loaded.

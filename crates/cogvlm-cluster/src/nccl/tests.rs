@@ -230,10 +230,7 @@ fn failures_are_errors_in_its_own_words() {
     let (_, communicator) = slow.init(20);
     assert_eq!(
         communicator.err().unwrap().to_string(),
-        format!(
-            "ncclCommInitRankConfig of {} (2.28.9) did not end within 0.02 s at rank 1 of 3",
-            slow.path.display()
-        )
+        format!("ncclCommInitRankConfig of {} (2.28.9) did not end within 0.02 s at rank 1 of 3", slow.path.display())
     );
     assert_eq!(slow.calls(), format!("{INIT}abort 0x1000;"), "what failed is not ended in order");
 

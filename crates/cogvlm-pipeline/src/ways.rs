@@ -99,7 +99,8 @@ impl<B: Backend> Settling<'_, B> {
         let Self { shared, doors, .. } = self;
         let (here, size) = (shared.rank(), shared.size());
         let (mut channels, mut ways) = (Channels::new(), Vec::<KnownWay>::new());
-        for (from, to) in crossings(&doors.routes, &doors.devices) {
+        let crossings = crossings(&doors.routes, &doors.devices);
+        for &(from, to) in &crossings {
             let [sender, receiver] = [from, to].map(|rank| doors.devices[rank]);
             if sender.process() != here && receiver.process() != here {
                 continue;
@@ -123,6 +124,7 @@ impl<B: Backend> Settling<'_, B> {
                 ways.extend(shared.await_ways(process)?);
             }
         }
+        ways.sort_by_key(|(from, to, _)| crossings.iter().position(|pair| *pair == (*from, *to)));
         let device = |rank: usize| doors.devices.get(rank).copied();
         let known = |(from, to, carrier)| Some(Way { from: device(from)?, to: device(to)?, carrier });
         Ok((channels, ways.into_iter().filter_map(known).collect()))

@@ -10,7 +10,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cogvlm_backend::{Backend, HostRows, Portable, RowsLayout};
 use cogvlm_cluster::{Cluster, ClusterError, Control, TcpWire, Watch, Wire};
@@ -352,12 +352,13 @@ impl Shared {
         while !is_ending() {
             std::thread::sleep(CHANNEL_TURN);
             let broken = channels.values().find_map(|channel| channel.check().err());
-            if let Some(error) = broken {
-                std::thread::sleep(GRACE);
-                if !is_ending() {
+            let Some(error) = broken else { continue };
+            let noticed = Instant::now();
+            while !is_ending() {
+                if noticed.elapsed() >= GRACE {
                     self.control.fail(&error.to_string());
                 }
-                return;
+                std::thread::sleep(CHANNEL_TURN);
             }
         }
     }

@@ -16,7 +16,7 @@ use cogvlm_cluster::membership::Variables;
 use cogvlm_cluster::{Config, Explicit, Options, Watch, join, membership};
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device};
-use cogvlm_cpu::{CpuBackend, CpuParcel};
+use cogvlm_cpu::{CpuBackend, CpuParcel, Threads};
 use cogvlm_pipeline::{
     Carrier, Engine, LoadError, OpenChannels, Processes, RankError, Ranks, Request, Transport, load_plan,
 };
@@ -179,7 +179,7 @@ fn load(
     let cluster = join(&place, &options, &Config::new(), &|_| ()).unwrap();
     let opener = opener.map(|opener| Box::new(opener) as Box<dyn OpenChannels<CpuBackend>>);
     let processes = Processes::connect(cluster).unwrap().with_channels(transport, opener);
-    let threads = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap());
+    let threads = Arc::new(Threads::new(1).unwrap());
     let make = |device: &DevicePlan| {
         let capacity = device.used_bytes() - device.reserved_bytes;
         CpuBackend::new(device.device, capacity, DType::Bf16, Arc::clone(&threads))

@@ -6,14 +6,8 @@ use std::time::Duration;
 
 use cogvlm_backend::shape::unsupported;
 use cogvlm_backend::{
-<<<<<<< HEAD
     Activation, Backend, BackendError, Batch, BufferRole, ExpertWeights, FollowingNorm, HeadGeometry, HostWeight,
     MemoryUse, PatchGeometry, PatchWeights, RopeMode, SampleRequest, Shardable, StagedSource,
-=======
-    Activation, Backend, BackendError, Batch, BufferRole, DeviceChannel, ExpertWeights, FollowingNorm, HeadGeometry,
-    HostRows, HostWeight, MemoryUse, PatchGeometry, PatchWeights, Portable, RopeMode, RowsLayout, SampleRequest,
-    Shardable, StagedSource,
->>>>>>> 48646c9 (Send rows between GPUs of two processes by NCCL, from memory to memory)
 };
 use cogvlm_core::sharing::{NUM_EXCHANGES, Sharing, attended_columns, check_even, exchange_shape};
 use cogvlm_core::tokens::ExpertRange;
@@ -702,42 +696,3 @@ impl<B: Shardable> Backend for TensorParallel<B> {
         Ok(())
     }
 }
-<<<<<<< HEAD
-=======
-
-/// Rows leave and enter a group once: every member has the same.
-impl<B: Shardable + Portable> Portable for TensorParallel<B> {
-    fn pack(&self, parcel: Self::Parcel) -> Result<HostRows, BackendError> {
-        self.settle()?;
-        let first = parcel.into_iter().next();
-        first.map_or_else(|| Err(unsupported("pack", "rows of no device")), |parcel| self.first().pack(parcel))
-    }
-
-    fn unpack(&self, rows: HostRows) -> Result<Self::Parcel, BackendError> {
-        self.members.iter().map(|member| member.unpack(rows.clone())).collect()
-    }
-}
-
-/// A channel of a device that computes alone.
-pub struct ChannelOfOne<C>(pub C);
-
-impl<B: Shardable, C: DeviceChannel<B>> DeviceChannel<TensorParallel<B>> for ChannelOfOne<C> {
-    fn send(&self, parcel: Vec<B::Parcel>) -> Result<RowsLayout, BackendError> {
-        let [parcel] = <[B::Parcel; 1]>::try_from(parcel)
-            .map_err(|parcel| unsupported("send", format!("rows of {} devices over a channel of one", parcel.len())))?;
-        self.0.send(parcel)
-    }
-
-    fn receive(&self, layout: RowsLayout) -> Result<Vec<B::Parcel>, BackendError> {
-        Ok(vec![self.0.receive(layout)?])
-    }
-
-    fn check(&self) -> Result<(), BackendError> {
-        self.0.check()
-    }
-
-    fn close(&self) {
-        self.0.close();
-    }
-}
->>>>>>> 48646c9 (Send rows between GPUs of two processes by NCCL, from memory to memory)

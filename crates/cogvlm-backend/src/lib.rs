@@ -522,3 +522,47 @@ pub trait Portable: Backend {
     /// A parcel of rows that came from another process; it gives what the other one packed.
     fn unpack(&self, rows: HostRows) -> Result<Self::Parcel, BackendError>;
 }
+
+/// Type and shape of rows that are on their way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowsLayout {
+    /// Element type.
+    pub dtype: DType,
+    /// Rows.
+    pub rows: usize,
+    /// Elements of a row.
+    pub columns: usize,
+}
+
+impl RowsLayout {
+    /// Bytes of all rows.
+    pub fn num_bytes(&self) -> usize {
+        self.rows * self.columns * self.dtype.size_bytes()
+    }
+}
+
+/// One end of a way from a device of one process to a device of another, on which rows go from memory to memory without
+/// passing through the host. Layouts do not travel along: the caller tells them, in the order in which rows are sent.
+pub trait DeviceChannel<B: Backend>: Send + Sync {
+    /// Sends the rows of a parcel of this end's device. Returns at once; they leave when the other end receives them.
+    ///
+    /// # Errors
+    /// Where the channel or the device fails.
+    fn send(&self, parcel: B::Parcel) -> Result<RowsLayout, BackendError>;
+
+    /// The parcel of the rows that come next, which have this layout. The device of this end receives all parcels in the
+    /// order of these calls: rows that it does not receive break the channel.
+    ///
+    /// # Errors
+    /// Where the channel has failed.
+    fn receive(&self, layout: RowsLayout) -> Result<B::Parcel, BackendError>;
+
+    /// An error if the channel has failed; to be asked now and then, since what is under way cannot tell.
+    ///
+    /// # Errors
+    /// What went wrong.
+    fn check(&self) -> Result<(), BackendError>;
+
+    /// Ends the channel. What has not arrived by then does not, and whatever waits for it is released.
+    fn close(&self);
+}

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cogvlm_core::{DType, Template};
+use cogvlm_pipeline::Transport;
 use cogvlm_plan::plan::Policy;
 
 /// Plans, loads and runs CogVLM on what you have: several cards, small cards, host memory.
@@ -65,6 +66,31 @@ pub(crate) struct PlacementArgs {
     /// [default: those recorded of a GPU of this name, else those of 24 GB cards in a desktop].
     #[arg(long, value_name = "FILE")]
     pub(crate) links: Option<PathBuf>,
+    /// What carries rows between GPUs of different processes. NCCL needs memory of every GPU, which is set aside.
+    #[arg(long, value_enum, default_value_t = TransportArg::Auto, help_heading = "Several processes")]
+    pub(crate) transport: TransportArg,
+}
+
+/// What carries rows between GPUs of different processes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TransportArg {
+    #[default]
+    /// NCCL where both ends have it, else TCP
+    Auto,
+    /// NCCL, or the run does not begin
+    Nccl,
+    /// host memory and TCP
+    Tcp,
+}
+
+impl From<TransportArg> for Transport {
+    fn from(transport: TransportArg) -> Self {
+        match transport {
+            TransportArg::Auto => Self::Auto,
+            TransportArg::Nccl => Self::Channels,
+            TransportArg::Tcp => Self::Tcp,
+        }
+    }
 }
 
 /// Placement policies.

@@ -114,8 +114,8 @@ impl Machine {
     }
 
     /// Opens every GPU that `plan` uses in process `process` and compares its memory with what the plan needs there,
-    /// before anything is loaded.
-    pub(crate) fn check(&mut self, plan: &Plan, process: usize) -> CliResult {
+    /// before anything is loaded. `beside_bytes` of every reserve are for neither context nor arena.
+    pub(crate) fn check(&mut self, plan: &Plan, process: usize, beside_bytes: u64) -> CliResult {
         let Self::Gpus(open) = self else { return Ok(()) };
         let is_used = |planned: &&DevicePlan| plan.occupies(planned.device) && planned.device.process() == process;
         let mut used = Vec::new();
@@ -129,7 +129,8 @@ impl Machine {
                 return Err(cuda_error(CudaError::TooSmall { ordinal, name, total, needed }));
             }
             // Most of the reserve is the context, which is open.
-            let needed = needed - planned.reserved_bytes + planned.reserved_bytes.min(CUDA_BESIDE_CONTEXT_BYTES);
+            let beside_context = planned.reserved_bytes.min(CUDA_BESIDE_CONTEXT_BYTES + beside_bytes);
+            let needed = needed - planned.reserved_bytes + beside_context;
             if needed > free {
                 return Err(cuda_error(CudaError::TooLittleMemory { ordinal, name, free, needed }));
             }

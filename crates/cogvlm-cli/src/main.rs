@@ -24,6 +24,8 @@ use crate::args::{Cli, Command};
 use crate::error::{CliError, CliResult};
 
 fn main() -> ExitCode {
+    // Where this fails there is no /proc to ask for threads; whoever loads NCCL says so.
+    drop(cogvlm_cluster::nccl::prepare_environment());
     let cli = Cli::parse();
     interrupt::install();
     match run(cli) {

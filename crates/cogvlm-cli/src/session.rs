@@ -14,16 +14,17 @@ use cogvlm_cpu::{CpuBackend, Threads};
 use cogvlm_cuda::CudaBackend;
 use cogvlm_device::AnyBackend;
 use cogvlm_parallel::TensorParallel;
-use cogvlm_pipeline::{Engine, LoadError, Processes, load_plan};
+use cogvlm_pipeline::{Engine, LoadError, Processes, Way, load_plan};
 use cogvlm_plan::accelerate::ModuleTree;
 use cogvlm_plan::links::Links;
 use cogvlm_plan::plan::{
-    CUDA_RESERVE_BYTES, DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, VIRTUAL_RANK_RESERVE_BYTES,
+    CUDA_RESERVE_BYTES, DeviceBudget, DevicePlan, NCCL_RESERVE_BYTES, Plan, PlanRequest, Policy,
+    VIRTUAL_RANK_RESERVE_BYTES,
 };
 use cogvlm_plan::{PlanError, plan, plan_tensor_parallel};
 use serde::Deserialize;
 
-use crate::args::{BackendArg, ModelArgs, PlacementArgs, RopeArg};
+use crate::args::{BackendArg, ModelArgs, PlacementArgs, RopeArg, TransportArg};
 use crate::cluster;
 use crate::commands::plan::accelerate_map;
 use crate::error::{CliError, CliResult};
@@ -41,6 +42,8 @@ pub(crate) struct Session {
     pub(crate) plan: Plan,
     /// Rates that it was made with.
     pub(crate) links: Links,
+    /// What carries rows between processes.
+    pub(crate) ways: Vec<Way>,
     /// Whether numbered devices are GPUs.
     pub(crate) on_gpus: bool,
     pub(crate) source: ModelSource,
@@ -88,7 +91,7 @@ impl Session {
         let start = Instant::now();
         let request = plan_request(args, &source, &mut machine)?;
         let plan = make_plan(args, &request, &mut machine)?;
-        let processes = cluster::meet(args, &plan)?;
+        let processes = cluster::meet(args, &plan, machine.on_gpus())?;
         let process = processes.as_ref().map_or(0, Processes::rank);
         if show_plan && process == 0 {
             note(plan.report(Some(&request)).trim_end());
@@ -97,7 +100,8 @@ impl Session {
             tracing::info!("{notice}");
         }
         let failed = |error: CliError| cluster::fail(processes.as_ref(), error);
-        machine.check(&plan, process).map_err(failed)?;
+        let beside_context = request.reserve_bytes.saturating_sub(CUDA_RESERVE_BYTES);
+        machine.check(&plan, process, beside_context).map_err(failed)?;
         let on_gpus = machine.on_gpus();
         let threads = thread_pool(args.threads).map_err(failed)?;
         let num_threads = threads.num_threads();
@@ -132,8 +136,9 @@ impl Session {
             ranks.serve().map_err(CliError::new)?;
             return Ok(None);
         }
+        let (links, ways, load_time) = (request.links, ranks.ways().to_vec(), start.elapsed());
         let engine = Engine::new(spec, plan.limits, ranks);
-        Ok(Some(Self { engine, plan, links: request.links, on_gpus, source, load_time: start.elapsed(), num_threads }))
+        Ok(Some(Self { engine, plan, links, ways, on_gpus, source, load_time, num_threads }))
     }
 
     /// The most that each device has held, as a JSON object.
@@ -248,13 +253,23 @@ pub(crate) fn plan_of(request: &PlanRequest, placement: &PlacementArgs) -> Resul
     }
 }
 
+/// What is set aside on every card: more where NCCL may join it to those of other processes.
+fn reserve_bytes(on_gpus: bool, budgets: &[DeviceBudget], placement: &PlacementArgs) -> u64 {
+    let is_joined = budgets.iter().any(|budget| budget.device.process() > 0);
+    match (on_gpus, is_joined && placement.transport != TransportArg::Tcp) {
+        (false, _) => VIRTUAL_RANK_RESERVE_BYTES,
+        (true, false) => CUDA_RESERVE_BYTES,
+        (true, true) => CUDA_RESERVE_BYTES + NCCL_RESERVE_BYTES,
+    }
+}
+
 /// What the flags ask the planner for: on GPUs, which have a context each, or on virtual ranks.
 pub(crate) fn request_for(
     model: PlannedModel, placement: &PlacementArgs, activation_dtype: DType, on_gpus: bool, budgets: Vec<DeviceBudget>,
     links: Links,
 ) -> CliResult<PlanRequest> {
     let PlannedModel { name, spec, weight_dtype } = model;
-    let reserve_bytes = if on_gpus { CUDA_RESERVE_BYTES } else { VIRTUAL_RANK_RESERVE_BYTES };
+    let reserve_bytes = reserve_bytes(on_gpus, &budgets, placement);
     let longest = spec.max_position_embeddings;
     let context_len = placement.context.unwrap_or(longest);
     if context_len > longest {
@@ -303,6 +318,7 @@ fn make_plan(args: &ModelArgs, request: &PlanRequest, machine: &mut Machine) -> 
         let mut request = PlanRequest { model: plan.model.clone(), ..request.clone() };
         if !given {
             request.budgets = plan.budgets();
+            request.reserve_bytes = reserve_bytes(machine.on_gpus(), &request.budgets, &args.placement);
         }
         if args.placement.context.is_none() {
             request.limits = StepLimits::new(plan.limits.context_len, request.limits.max_sequences);
@@ -318,6 +334,7 @@ fn make_plan(args: &ModelArgs, request: &PlanRequest, machine: &mut Machine) -> 
     let mut request = request.clone();
     if !given {
         request.budgets = budgets_of_map(map, devices, machine)?;
+        request.reserve_bytes = reserve_bytes(machine.on_gpus(), &request.budgets, &args.placement);
     }
     // Where it stands as it is: keys that stand twice have not been lost.
     let text = if devices.is_some() { map.to_string() } else { text };

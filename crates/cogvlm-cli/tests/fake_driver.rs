@@ -303,6 +303,11 @@ fn plans_are_made_for_the_gpus_that_there_are() {
     for backend in ["cuda", "auto"] {
         let given = ["--backend", backend, "--max-memory", "0:20GiB,1:24GiB"];
         assert_eq!(reserved(broken.path(), &given), [("0".to_owned(), 600), ("1".to_owned(), 600)]);
+        // NCCL may join GPUs of several processes, and takes memory beside the arena.
+        let joined = ["--backend", backend, "--max-memory", "0:20GiB,1/0:24GiB"];
+        assert_eq!(reserved(broken.path(), &joined), [("0".to_owned(), 1112), ("1/0".to_owned(), 1112)]);
+        let by_tcp = [&joined[..], &["--transport", "tcp"]].concat();
+        assert_eq!(reserved(broken.path(), &by_tcp), [("0".to_owned(), 600), ("1/0".to_owned(), 600)]);
     }
     let outcome = run(broken.path(), &[], &["plan", "--backend", "cuda"]);
     assert_refusal(&outcome, 1, "plan --backend cuda");

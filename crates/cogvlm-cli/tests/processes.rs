@@ -5,10 +5,11 @@ mod common;
 use std::io::Read;
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{TOKENIZER, cogvlm, program, refusal, repo, without_gpus};
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// How long the others may go on after one has died.
@@ -51,11 +52,19 @@ impl Drop for Run {
 }
 
 impl Run {
-    /// Starts a process for each of `flags`.
+    /// Starts a process for each of `flags`, which sees no GPU.
     fn start(flags: &[Vec<String>]) -> Self {
+        Self::start_by(flags, &|| {
+            let mut program = program();
+            without_gpus(&mut program);
+            program
+        })
+    }
+
+    fn start_by(flags: &[Vec<String>], program: &dyn Fn() -> Command) -> Self {
         let (size, address) = (flags.len().to_string(), free_address());
         let start = |(rank, flags): (usize, &Vec<String>)| {
-            without_gpus(&mut program())
+            program()
                 .current_dir(repo(""))
                 .args(flags)
                 .args(["--process-rank", &rank.to_string(), "--num-processes", &size, "--coordinator", &address])
@@ -92,6 +101,18 @@ impl Run {
     fn kill(&mut self, rank: usize) {
         self.0[rank].kill().unwrap();
     }
+}
+
+/// What the only line on stdout of process 0 says of `transport`, when all have ended well.
+fn transport_of(run: &mut Run, patience: Duration) -> Vec<Value> {
+    for rank in 0..run.0.len() {
+        let (status, stderr) = run.wait(rank, patience);
+        assert!(status.success(), "process {rank}: {stderr}");
+    }
+    let mut text = String::new();
+    run.0[0].stdout.take().unwrap().read_to_string(&mut text).unwrap();
+    let report: Value = serde_json::from_str(&text).unwrap();
+    report["transport"].as_array().expect("what carried rows is said").clone()
 }
 
 fn bytes(path: &Path) -> Vec<u8> {
@@ -188,5 +209,98 @@ fn what_does_not_fit_together_is_refused() {
         let (status, stderr) = run.wait(rank, Duration::from_secs(30));
         assert!(!status.success());
         assert!(stderr.contains("--threads"), "process {rank}: {stderr}");
+    }
+}
+
+#[test]
+fn what_carries_rows_is_said_and_chosen() {
+    let flags = |transport: &str| {
+        let fixed = ["--model", "tiny@11", "--max-new-tokens", "2", "--context", "256", "--policy", "balanced"];
+        let budgets = ["--max-memory", "0/0:16MiB,1/0:16MiB"];
+        generate(&[&fixed[..], &budgets, &["--json", "--transport", transport]].concat())
+    };
+    for (transport, reason) in [("auto", "is a virtual rank, not a GPU"), ("tcp", "that is what was asked for")] {
+        let mut run = Run::start(&vec![flags(transport); 2]);
+        let ways = transport_of(&mut run, Duration::from_secs(60));
+        assert!(!ways.is_empty(), "{transport}");
+        for way in ways {
+            assert_eq!(way["by"], "tcp", "{transport}");
+            let detail = way["detail"].as_str().unwrap();
+            assert!(detail.contains(reason), "{transport}: {detail}");
+        }
+    }
+    // Virtual ranks have no NCCL, and processes have to agree.
+    let mut run = Run::start(&vec![flags("nccl"); 2]);
+    for rank in 0..2 {
+        let (status, stderr) = run.wait(rank, Duration::from_secs(30));
+        assert_eq!(status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains("error: `--transport nccl` joins GPUs"), "{stderr}");
+    }
+    let mut run = Run::start(&[flags("auto"), flags("tcp")]);
+    for rank in 0..2 {
+        let (status, stderr) = run.wait(rank, Duration::from_secs(30));
+        assert_eq!(status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains("--transport"), "process {rank}: {stderr}");
+    }
+}
+
+/// Flags for GPUs, with an image and a long enough answer that steps are recorded and replayed.
+fn on_gpus(flags: &[&str]) -> Vec<String> {
+    let fixed = ["--model", "small@12", "--backend", "cuda", "--context", "1536", "--policy", "balanced"];
+    let flags = generate(&[&fixed[..], flags].concat());
+    // `generate` names the backend of the host first.
+    let at = flags.iter().position(|flag| flag == "--backend").unwrap();
+    [&flags[..at], &flags[at + 2..]].concat()
+}
+
+/// The logits of one process on `alone`, and of two by each of `transports` on `together`, are the same bits; `by` is what
+/// carries the rows.
+fn check_gpus(alone: &str, together: &str, transports: &[(&str, &str)]) {
+    let dir = TempDir::new().unwrap();
+    let file = |name: &str| dir.path().join(name);
+    let flags = |budgets: &str, transport: &str, out: &Path| {
+        let out = out.to_str().unwrap();
+        let flags = ["--json", "--max-new-tokens", "24", "--max-memory", budgets, "--transport", transport];
+        on_gpus(&[&flags[..], &["--logits-out", out]].concat())
+    };
+    let one = file("one");
+    let output = program().current_dir(repo("")).args(flags(alone, "auto", &one)).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for (transport, by) in transports {
+        let many = file(transport);
+        let mut run = Run::start_by(&vec![flags(together, transport, &many); 2], &program);
+        let ways = transport_of(&mut run, Duration::from_secs(100));
+        assert!(!ways.is_empty() && ways.iter().all(|way| way["by"] == *by), "{transport}: {ways:?}");
+        assert!(bytes(&one) == bytes(&many), "{transport}: other logits, by {ways:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn two_processes_on_one_gpu_join_by_tcp() {
+    check_gpus("0:8GiB", "0/0:6GiB,1/0:6GiB", &[("auto", "tcp"), ("tcp", "tcp")]);
+}
+
+#[test]
+#[ignore = "needs a GPU, another one, and NCCL"]
+fn two_gpus_of_two_processes_join_by_nccl() {
+    check_gpus("0:6GiB,1:6GiB", "0/0:6GiB,1/1:6GiB", &[("nccl", "nccl"), ("auto", "nccl"), ("tcp", "tcp")]);
+}
+
+#[test]
+#[ignore = "needs a GPU, another one, and NCCL"]
+fn two_gpus_are_released_when_a_process_dies() {
+    let budgets = "0/0:6GiB,1/1:6GiB";
+    let flags = ["--max-new-tokens", "1400", "--transport", "nccl", "--max-memory", budgets];
+    for victim in [1, 0] {
+        // A text only question leaves the context for a long answer.
+        let flags = on_gpus(&flags);
+        let image = flags.len() - 2;
+        let mut run = Run::start_by(&vec![flags[..image].to_vec(); 2], &program);
+        run.await_answer(0);
+        run.kill(victim);
+        let (status, stderr) = run.wait(1 - victim, PATIENCE);
+        assert_eq!(status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains(&format!("process {victim} ")), "{stderr}");
     }
 }

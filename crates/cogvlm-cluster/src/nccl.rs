@@ -26,6 +26,10 @@ const EAGER: Duration = Duration::from_millis(2);
 const POLL: Duration = Duration::from_micros(500);
 /// How long ending a communicator in order may take before it is aborted.
 const FINISH: Duration = Duration::from_secs(2);
+/// Most blocks of a transfer's kernel, and so most of NCCL's channels, each with buffers of a few MiB on the GPU. What
+/// crosses is one row for a token and some thousand rows for a prompt: more would take memory and multiprocessors for
+/// nothing.
+const MAX_CTAS: c_int = 4;
 
 // Values of nccl.h.
 const SUCCESS: c_int = 0;
@@ -104,11 +108,15 @@ pub enum NcclError {
         variable: &'static str,
     },
     /// A call failed.
-    #[error("NCCL's {call} failed at process {rank} of {size}: {reason}")]
+    #[error("{call} of {} ({version}) failed at rank {rank} of {size}: {reason}", path.display())]
     Call {
         /// The function.
         call: &'static str,
-        /// The process that called it.
+        /// The library.
+        path: PathBuf,
+        /// Its version.
+        version: String,
+        /// The communicator's rank that called it.
         rank: usize,
         /// Of how many.
         size: usize,
@@ -116,11 +124,18 @@ pub enum NcclError {
         reason: String,
     },
     /// A call did not end in time.
-    #[error("NCCL's {call} did not end within {} s at process {rank} of {size}", timeout.as_secs_f64())]
+    #[error(
+        "{call} of {} ({version}) did not end within {} s at rank {rank} of {size}",
+        path.display(), timeout.as_secs_f64()
+    )]
     Timeout {
         /// The function.
         call: &'static str,
-        /// The process that called it.
+        /// The library.
+        path: PathBuf,
+        /// Its version.
+        version: String,
+        /// The communicator's rank that called it.
         rank: usize,
         /// Of how many.
         size: usize,
@@ -128,17 +143,17 @@ pub enum NcclError {
         timeout: Duration,
     },
     /// The communicator was aborted.
-    #[error("the NCCL communicator of process {rank} of {size} is closed")]
+    #[error("the NCCL communicator of rank {rank} of {size} is closed")]
     Closed {
-        /// The process.
+        /// The communicator's rank.
         rank: usize,
         /// Of how many.
         size: usize,
     },
-    /// An operation names a process that there is not.
-    #[error("process {rank} of {size} cannot exchange rows with process {peer} through NCCL")]
+    /// An operation names a rank that there is not.
+    #[error("rank {rank} of {size} of an NCCL communicator cannot exchange rows with rank {peer}")]
     Peer {
-        /// The process.
+        /// The communicator's rank.
         rank: usize,
         /// Of how many.
         size: usize,
@@ -194,8 +209,6 @@ pub struct Nccl {
     functions: Functions,
     version: i32,
     path: PathBuf,
-    /// Declared last: the functions are its.
-    _library: Library,
 }
 
 impl std::fmt::Debug for Nccl {
@@ -294,7 +307,9 @@ impl Nccl {
             group_start: function!("ncclGroupStart"),
             group_end: function!("ncclGroupEnd"),
         };
-        Ok(Arc::new(Self { functions, version, path: path.to_owned(), _library: library }))
+        // It stays loaded: its threads, such as the one behind every id, outlive whatever they were made for.
+        std::mem::forget(library);
+        Ok(Arc::new(Self { functions, version, path: path.to_owned() }))
     }
 
     /// Its version, such as `2.28.9`.
@@ -325,8 +340,11 @@ impl Nccl {
         if result == SUCCESS || result == IN_PROGRESS {
             return Ok(());
         }
-        let reason = self.describe(result, comm);
-        Err(NcclError::Call { call, rank, size, reason })
+        Err(self.failed(call, rank, size, self.describe(result, comm)))
+    }
+
+    fn failed(&self, call: &'static str, rank: usize, size: usize, reason: String) -> NcclError {
+        NcclError::Call { call, path: self.path.clone(), version: self.version_text(), rank, size, reason }
     }
 
     fn describe(&self, result: c_int, comm: Option<Comm>) -> String {
@@ -381,7 +399,7 @@ pub enum Transfer {
     },
 }
 
-/// All processes of a run, as one GPU of this one sees them. Dropping it ends it, in order where nothing failed.
+/// Ranks that exchange rows, each with a GPU, as one of them sees it. Dropping it ends it, as [`close`](Self::close) does.
 pub struct Communicator {
     inner: Arc<Inner>,
 }
@@ -440,17 +458,21 @@ impl Communicator {
         let own = if control.rank() == 0 { Some(nccl.unique_id()?) } else { None };
         let bytes = control.share(code, own.as_ref().map_or(&[0; UNIQUE_ID_BYTES], UniqueId::as_bytes))?;
         let (rank, size) = (control.rank(), control.size());
-        let id = UniqueId::from_bytes(&bytes).ok_or_else(|| NcclError::Call {
-            call: "ncclCommInitRankConfig",
-            rank,
-            size,
-            reason: format!("process 0 shared an id of {} bytes", bytes.len()),
+        let id = UniqueId::from_bytes(&bytes).ok_or_else(|| {
+            let reason = format!("process 0 shared an id of {} bytes", bytes.len());
+            nccl.failed("ncclCommInitRankConfig", rank, size, reason)
         })?;
-        Self::init(nccl, id, rank, size, Arc::clone(control.watch()), timeout)
+        Self::init(nccl, id, rank, size, control.watch(), timeout)
     }
 
-    fn init(
-        nccl: &Arc<Nccl>, id: UniqueId, rank: usize, size: usize, watch: Arc<Watch>, timeout: Duration,
+    /// Makes the communicator of `id`, of `size` ranks of which this is `rank`, for the GPU whose context is current on
+    /// this thread. Waits for the others, which do the same, for at most `timeout`. It is aborted when `watch` learns of
+    /// a failure.
+    ///
+    /// # Errors
+    /// Where NCCL fails, a process does, or the time is over.
+    pub fn init(
+        nccl: &Arc<Nccl>, id: UniqueId, rank: usize, size: usize, watch: &Arc<Watch>, timeout: Duration,
     ) -> Result<Self, NcclError> {
         let mut config = Config {
             size: size_of::<Config>(),
@@ -459,7 +481,7 @@ impl Communicator {
             blocking: 0,
             cga_cluster_size: UNDEFINED,
             min_ctas: UNDEFINED,
-            max_ctas: UNDEFINED,
+            max_ctas: MAX_CTAS,
             net_name: std::ptr::null(),
             split_share: UNDEFINED,
             reserved: UNDEFINED,
@@ -472,7 +494,7 @@ impl Communicator {
             (nccl.functions.comm_init_rank_config)(&raw mut comm, size as c_int, id, rank as c_int, &raw mut config)
         };
         let (comm, aborting) = (Mutex::new(Handle(comm)), Arc::default());
-        let (nccl_of, watch_of, is_broken) = (Arc::clone(nccl), Arc::clone(&watch), AtomicBool::new(false));
+        let (nccl_of, watch_of, is_broken) = (Arc::clone(nccl), Arc::clone(watch), AtomicBool::new(false));
         let inner = Inner { nccl: nccl_of, rank, size, timeout, watch: watch_of, comm, is_broken, aborting };
         let communicator = Self { inner: Arc::new(inner) };
         let inner = &communicator.inner;
@@ -481,7 +503,7 @@ impl Communicator {
             lock(&inner.comm).0 = std::ptr::null_mut();
             return Err(error);
         }
-        register(&watch, inner);
+        register(watch, inner);
         inner.noted(inner.wait_for(CALL, timeout))?;
         Ok(communicator)
     }
@@ -557,10 +579,10 @@ impl Communicator {
     pub fn check(&self) -> Result<(), NcclError> {
         self.inner.noted(self.inner.poll("ncclCommGetAsyncError").map(|_| ()))
     }
-}
 
-impl Drop for Communicator {
-    fn drop(&mut self) {
+    /// Ends the communicator: in order where nothing failed and what was enqueued ends within 2 s, else by aborting it.
+    /// Whatever the stream still waits for is released, and every later call is an error.
+    pub fn close(&self) {
         let inner = &self.inner;
         let is_whole = inner.watch.failure().is_none() && !inner.is_broken.load(Ordering::SeqCst);
         let in_order = is_whole && inner.finish().is_ok();
@@ -573,6 +595,12 @@ impl Drop for Communicator {
         while *is_aborting && Instant::now() < deadline {
             is_aborting = wait(&inner.aborting.1, is_aborting, FINISH);
         }
+    }
+}
+
+impl Drop for Communicator {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 
@@ -609,7 +637,8 @@ impl Inner {
         let start = Instant::now();
         while !self.poll(call)? {
             if start.elapsed() >= timeout {
-                return Err(NcclError::Timeout { call, rank: self.rank, size: self.size, timeout });
+                let (path, version) = (self.nccl.path.clone(), self.nccl.version_text());
+                return Err(NcclError::Timeout { call, path, version, rank: self.rank, size: self.size, timeout });
             }
             if start.elapsed() < EAGER { std::thread::yield_now() } else { std::thread::sleep(POLL) }
         }

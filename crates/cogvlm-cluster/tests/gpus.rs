@@ -4,7 +4,7 @@ mod common;
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cogvlm_cluster::nccl::{Communicator, Nccl, NcclError, Transfer};
@@ -13,6 +13,10 @@ use common::{Process, free_port, place, say, soon};
 use libloading::Library;
 
 const BYTES: usize = 20 << 20;
+/// How long making a communicator may take: loading NCCL's kernels is part of it.
+const MEETING: Duration = Duration::from_secs(25);
+/// How long a whole test may take, in seconds.
+const PATIENCE_S: u64 = 50;
 /// Code of the message that carries NCCL's id.
 const ID: u16 = 1;
 
@@ -93,26 +97,41 @@ fn check(code: c_int) {
     assert_eq!(code, 0, "CUDA error {code}");
 }
 
+/// Says how far this process has come, and when.
+fn step(start: Instant, what: &str) {
+    say(&format!("{:6.2} s  {what}", start.elapsed().as_secs_f64()));
+}
+
 #[test]
 #[ignore = "is a process of the other tests"]
 fn process() {
     let variables = cogvlm_cluster::membership::environment();
     let Some(job) = variables.get("TEST_JOB") else { return };
+    let start = Instant::now();
     let place = membership(&Explicit::default(), &variables).unwrap();
+    step(start, "begins");
     let nccl = match Nccl::load() {
         Ok(nccl) => nccl,
         Err(error) => return say(&format!("end: {error}; {}", error.hint().unwrap_or_default())),
     };
-    say(&format!("NCCL {} at {}", nccl.version_text(), nccl.path().display()));
+    step(start, &format!("NCCL {} is loaded from {}", nccl.version_text(), nccl.path().display()));
     let options = Options::from_variables(&variables).unwrap();
     let cluster = join(&place, &options, &Config::new(), &|_| ()).unwrap();
     let (control, _wire) = cluster.connect(&[]).unwrap();
+    step(start, "the processes have met");
     let gpu = Gpu::open(place.rank as c_int);
+    step(start, "the GPU is open");
+    let communicator = match Communicator::connect(&nccl, &control, ID, MEETING) {
+        Ok(communicator) => communicator,
+        Err(error) => return say(&format!("end: {error}; {}", error.hint().unwrap_or_default())),
+    };
+    step(start, "the communicator is made");
     let result = match job.as_str() {
-        "exchange" => exchange(&nccl, &control, &gpu),
-        "hang" => hang(&nccl, &control, &gpu),
+        "exchange" => exchange(communicator, &control, &gpu),
+        "hang" => hang(communicator, &control, &gpu),
         other => panic!("no job is called {other}"),
     };
+    step(start, "done");
     match result {
         Ok(()) => say("end: well"),
         Err(error) => say(&format!("end: {error}")),
@@ -120,8 +139,7 @@ fn process() {
 }
 
 /// Both send and receive at once, then one row goes to and fro.
-fn exchange(nccl: &Arc<Nccl>, control: &Control, gpu: &Gpu) -> Result<(), NcclError> {
-    let communicator = Communicator::connect(nccl, control, ID, Duration::from_secs(60))?;
+fn exchange(communicator: Communicator, control: &Control, gpu: &Gpu) -> Result<(), NcclError> {
     let (rank, peer) = (control.rank(), 1 - control.rank());
     let pattern = |rank: usize| (0..BYTES).map(|at| (at * 7 + at / 251 + rank * 91) as u8).collect::<Vec<u8>>();
     let (own, other) = (gpu.upload(&pattern(rank)), gpu.upload(&vec![0; BYTES]));
@@ -130,6 +148,7 @@ fn exchange(nccl: &Arc<Nccl>, control: &Control, gpu: &Gpu) -> Result<(), NcclEr
     // SAFETY: both buffers have the bytes named, belong to this GPU and are left alone until the stream is waited for.
     let run = |transfers: &[Transfer]| unsafe { communicator.exchange(transfers, gpu.stream) };
     run(&[send(BYTES), recv(BYTES)])?;
+    say("a first exchange is enqueued");
     gpu.wait(&communicator)?;
     assert!(gpu.download(other, BYTES) == pattern(peer), "other rows came than were sent");
     let (turns, row) = (200, 8192);
@@ -154,8 +173,7 @@ fn exchange(nccl: &Arc<Nccl>, control: &Control, gpu: &Gpu) -> Result<(), NcclEr
 }
 
 /// Process 0 waits for rows that never come.
-fn hang(nccl: &Arc<Nccl>, control: &Control, gpu: &Gpu) -> Result<(), NcclError> {
-    let communicator = Communicator::connect(nccl, control, ID, Duration::from_secs(60))?;
+fn hang(communicator: Communicator, control: &Control, gpu: &Gpu) -> Result<(), NcclError> {
     let peer = 1 - control.rank();
     let buffer = gpu.upload(&[0; 1024]);
     let first = if peer == 1 {
@@ -176,32 +194,85 @@ fn hang(nccl: &Arc<Nccl>, control: &Control, gpu: &Gpu) -> Result<(), NcclError>
     gpu.wait(&communicator)
 }
 
-fn start_both(job: &str) -> [Process; 2] {
-    let port = free_port();
-    [0, 1].map(|rank| {
-        let mut variables = place(rank, 2, port);
-        variables.extend(["COGVLM_NCCL_LIBRARY"].iter().filter_map(|name| Some((*name, std::env::var(name).ok()?))));
-        Process::start(job, &variables)
-    })
+/// Held by each test: they use the same GPUs, and one of them what all processes share.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Two processes, and how much of what they said was shown.
+struct Both {
+    processes: [Process; 2],
+    shown: [usize; 2],
+}
+
+impl Both {
+    fn start(job: &str) -> Self {
+        let port = free_port();
+        let processes = [0, 1].map(|rank| {
+            let mut variables = place(rank, 2, port);
+            let library = std::env::var("COGVLM_NCCL_LIBRARY").ok();
+            variables.extend(library.map(|library| ("COGVLM_NCCL_LIBRARY", library)));
+            // The harness has threads, so that it is too late to set it there.
+            variables.push(("NCCL_NVLS_ENABLE", "0".to_owned()));
+            variables.push(("NCCL_DEBUG", std::env::var("NCCL_DEBUG").unwrap_or_else(|_| "WARN".to_owned())));
+            Process::start_loud(job, &variables)
+        });
+        Self { processes, shown: [0; 2] }
+    }
+
+    /// Shows what the processes say until `is_done`, which is before `deadline`.
+    fn follow(&mut self, deadline: Instant, mut is_done: impl FnMut(&mut [Process; 2]) -> bool) {
+        loop {
+            let done = is_done(&mut self.processes);
+            for (rank, (process, shown)) in self.processes.iter().zip(&mut self.shown).enumerate() {
+                let output = process.output();
+                output[*shown..]
+                    .lines()
+                    .filter(|line| !line.is_empty())
+                    .for_each(|line| tell(&format!("{rank}| {line}")));
+                *shown = output.len();
+            }
+            if done {
+                return;
+            }
+            assert!(Instant::now() < deadline, "out of time; what the processes said stands above");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// How process `rank` ended.
+    fn end(&mut self, rank: usize, deadline: Instant) -> String {
+        self.follow(deadline, |both| !matches!(both[rank].child.try_wait(), Ok(None)));
+        let end = self.processes[rank].end(deadline);
+        self.follow(deadline, |_| true);
+        end
+    }
 }
 
 #[test]
 #[ignore = "needs two GPUs and NCCL"]
 fn rows_go_between_two_gpus() {
-    let mut both = start_both("exchange");
-    let ends = both.each_mut().map(|process| process.end(soon(120)));
-    let output = both[0].output();
-    assert_eq!(ends, ["well", "well"], "{output}");
-    tell(&output);
+    let _alone = alone();
+    let mut both = Both::start("exchange");
+    let deadline = soon(PATIENCE_S);
+    let ends = [0, 1].map(|rank| both.end(rank, deadline));
+    assert_eq!(ends, ["well", "well"]);
 }
 
 #[test]
 #[ignore = "needs two GPUs and NCCL"]
-fn a_killed_process_releases_the_gpu_that_waits_for_it() {
-    let mut both = start_both("hang");
-    both.iter().for_each(|process| process.wait_for("# waits"));
-    both[1].child.kill().unwrap();
-    let end = both[0].end(soon(5));
+fn a_peer_that_dies_releases_the_gpu_that_waits_for_it() {
+    let _alone = alone();
+    let mut both = Both::start("hang");
+    let mut is_waiting = false;
+    both.follow(soon(PATIENCE_S), |both| {
+        is_waiting = both.iter().all(|process| process.output().contains("# waits"));
+        is_waiting || both.iter_mut().any(|process| !matches!(process.child.try_wait(), Ok(None)))
+    });
+    assert!(is_waiting, "a process ended before its time; what it said stands above");
+    both.processes[1].child.kill().unwrap();
+    let end = both.end(0, soon(5));
     assert!(end.contains("process 1 of 2") && end.contains("died"), "{end}");
 }
 
@@ -209,6 +280,7 @@ fn a_killed_process_releases_the_gpu_that_waits_for_it() {
 #[test]
 #[ignore = "needs NCCL"]
 fn nccl_is_found_and_says_that_there_is_no_gpu() {
+    let _alone = alone();
     let gpus = Command::new("nvidia-smi").arg("-L").output().is_ok_and(|output| output.status.success());
     // SAFETY: nothing else of this executable runs beside this test that looks at the environment.
     unsafe { std::env::set_var("NCCL_NVLS_ENABLE", "0") };

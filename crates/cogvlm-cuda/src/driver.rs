@@ -11,12 +11,13 @@ use crate::error::CudaError;
 use crate::kernels;
 
 /// Functions that this crate calls: all of them have to be there before the first call.
-const SYMBOLS: [&str; 47] = [
+const SYMBOLS: [&str; 48] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
     "cuDeviceGet",
     "cuDeviceGetName",
+    "cuDeviceGetUuid_v2",
     "cuDeviceGetAttribute",
     "cuDeviceTotalMem_v2",
     "cuDevicePrimaryCtxRetain",
@@ -276,6 +277,16 @@ impl Drop for Context {
         // SAFETY: retained by `open`. What fails here fails for the process as a whole.
         let _ = unsafe { cu::cuDevicePrimaryCtxRelease_v2(self.device) };
     }
+}
+
+/// What tells GPU `ordinal` from all others, whatever they are called by processes and containers.
+pub(crate) fn uuid(ordinal: u32) -> Result<[u8; 16], String> {
+    let (mut device, mut uuid) = (0, cu::CUuuid { bytes: [0; 16] });
+    // SAFETY: the pointer is to a local variable.
+    check(unsafe { cu::cuDeviceGet(&raw mut device, ordinal as i32) })?;
+    // SAFETY: as above; the device was just given.
+    check(unsafe { cu::cuDeviceGetUuid_v2(&raw mut uuid, device) })?;
+    Ok(uuid.bytes.map(|byte| byte as u8))
 }
 
 fn device_info(ordinal: u32) -> Option<DeviceInfo> {

@@ -10,6 +10,7 @@ mod backend;
 pub mod bench;
 mod buffer;
 pub mod ceiling;
+mod channel;
 mod cublas;
 mod device;
 mod driver;
@@ -35,6 +36,7 @@ mod weight;
 
 pub use backend::CudaBackend;
 pub use backend::KernelPath;
+pub use channel::{ChannelEnd, NcclChannel};
 pub use driver::{Context, DeviceInfo, devices, driver_version, usable_devices};
 pub use error::CudaError;
 pub use exchange::CudaExchange;

@@ -2,19 +2,19 @@
 //!
 //! A parcel is made by the sender's compute stream and fetched by the receiver's: events order the two, and no thread of
 //! the host waits for a device. Where the receiver cannot read the sender's memory, the parcel passes through pinned
-//! memory of the host.
+//! memory of the host. Between processes it goes over a channel, where there is one.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use cogvlm_backend::shape::{expect, expect_fit, expect_span};
-use cogvlm_backend::{BackendError, HostRows};
-use cogvlm_core::DType;
+use cogvlm_backend::shape::{expect, expect_fit, expect_span, unsupported};
+use cogvlm_backend::{BackendError, HostRows, RowsLayout};
 use cudarc::driver::sys::{self as cu, CUdeviceptr, CUstream};
 
 use crate::backend::CudaBackend;
 use crate::buffer::CudaBuffer;
+use crate::channel::ComingRows;
 use crate::device::{Event, Gpu};
 use crate::host_copy::Pinned;
 use crate::memory::{ALIGNMENT, Memory, Spans};
@@ -75,8 +75,16 @@ struct Ticket {
     staged: Event,
 }
 
+/// Rows for a GPU.
+pub enum CudaParcel {
+    /// In an outbox of this process.
+    Packed(PackedRows),
+    /// Still with a GPU of another process, which sends them over a channel.
+    Coming(ComingRows),
+}
+
 /// Rows copied out of a buffer, as the bytes they were, still on the device that sends them.
-pub struct CudaParcel {
+pub struct PackedRows {
     shelf: Arc<Shelf>,
     /// Offset and bytes in the outbox.
     span: (usize, usize),
@@ -85,9 +93,7 @@ pub struct CudaParcel {
     pinned: Option<Pinned>,
     /// Comes when the receiver has its copy.
     taken: Option<Arc<Event>>,
-    dtype: DType,
-    rows: usize,
-    columns: usize,
+    layout: RowsLayout,
 }
 
 impl CudaOutbox {
@@ -122,25 +128,57 @@ impl CudaOutbox {
             Some(ticket) => ticket,
             None => Ticket { ready: Event::new(gpu, false)?, staged: Event::new(gpu, false)? },
         };
-        let parcel = CudaParcel {
+        let parcel = PackedRows {
             shelf: Arc::clone(&self.shelf),
             span: (offset, room),
             ticket: Some(ticket),
             pinned: None,
             taken: None,
-            dtype: buffer.dtype,
-            rows: rows.len(),
-            columns: buffer.columns(),
+            layout: RowsLayout { dtype: buffer.dtype, rows: rows.len(), columns: buffer.columns() },
         };
         // SAFETY: the rows are in the buffer, and the outbox has room for them that nobody else has. A buffer that is
         // dropped now goes to an owner whose work comes after this copy on the same stream.
         unsafe { gpu.copy(buffer.row(rows.start), memory.address + offset as CUdeviceptr, bytes) }?;
         parcel.ticket().ready.record(gpu.stream)?;
-        Ok(parcel)
+        Ok(CudaParcel::Packed(parcel))
     }
 }
 
 impl CudaParcel {
+    /// Brings the rows into `buffer` from `first_row` on, in the order of the compute stream of `cuda`.
+    pub(crate) fn receive(
+        self, cuda: &CudaBackend, buffer: &mut CudaBuffer, first_row: usize,
+    ) -> Result<(), BackendError> {
+        let RowsLayout { dtype, rows, columns } = match &self {
+            Self::Packed(rows) => rows.layout,
+            Self::Coming(rows) => rows.layout(),
+        };
+        expect_fit("receive", (dtype, [rows, columns]), (buffer.dtype, buffer.shape()), first_row)?;
+        match self {
+            _ if rows * columns == 0 => Ok(()),
+            Self::Packed(rows) => rows.receive(cuda, buffer.row(first_row)),
+            Self::Coming(rows) => rows.receive(cuda, buffer.row(first_row)),
+        }
+    }
+
+    /// The rows, brought to the host: for a device of another kind, or another process.
+    ///
+    /// # Errors
+    /// Where the device fails, or the rows are not of this process.
+    pub fn into_host_rows(self) -> Result<HostRows, BackendError> {
+        self.into_packed("pack")?.into_host_rows()
+    }
+
+    /// What is packed by this process.
+    pub(crate) fn into_packed(self, op: &'static str) -> Result<PackedRows, BackendError> {
+        match self {
+            Self::Packed(rows) => Ok(rows),
+            Self::Coming(_) => Err(unsupported(op, "rows that a GPU of another process sends are received by a GPU")),
+        }
+    }
+}
+
+impl PackedRows {
     fn ticket(&self) -> &Ticket {
         self.ticket.as_ref().expect("taken out on drop only")
     }
@@ -150,21 +188,13 @@ impl CudaParcel {
     }
 
     fn num_bytes(&self) -> usize {
-        self.rows * self.columns * self.dtype.size_bytes()
+        self.layout.num_bytes()
     }
 
-    /// Copies the rows into `buffer` from `first_row` on, in the order of the compute stream of `cuda`.
-    pub(crate) fn receive(
-        mut self, cuda: &CudaBackend, buffer: &mut CudaBuffer, first_row: usize,
-    ) -> Result<(), BackendError> {
-        let given = (self.dtype, [self.rows, self.columns]);
-        expect_fit("receive", given, (buffer.dtype, buffer.shape()), first_row)?;
+    /// Copies the rows to `to`, where there is room for them, in the order of the compute stream of `cuda`.
+    fn receive(mut self, cuda: &CudaBackend, to: CUdeviceptr) -> Result<(), BackendError> {
         let bytes = self.num_bytes();
-        if bytes == 0 {
-            return Ok(());
-        }
         let (gpu, sender) = (&cuda.gpu, Arc::clone(&self.shelf.gpu));
-        let to = buffer.row(first_row);
         // Recorded also where something fails below: whoever gets the memory next waits for what was begun.
         let taken = Arc::new(Event::new(gpu, false)?);
         let outcome = if gpu.reaches(&sender) {
@@ -212,12 +242,31 @@ impl CudaParcel {
         Ok(to)
     }
 
-    /// The rows, brought to the host: for a device of another kind, or another process.
-    ///
-    /// # Errors
-    /// Where the device fails.
-    pub fn into_host_rows(mut self) -> Result<HostRows, BackendError> {
-        let (dtype, columns, num_bytes) = (self.dtype, self.columns, self.num_bytes());
+    /// Lets `stream`, one of the sending GPU's, pass the rows on by `send`, which is given their address and how many
+    /// bytes they are. The outbox has its room back once `stream` is past that.
+    pub(crate) fn pass_on(
+        mut self, stream: CUstream, send: impl FnOnce(CUdeviceptr, usize) -> Result<(), BackendError>,
+    ) -> Result<RowsLayout, BackendError> {
+        let (layout, bytes) = (self.layout, self.num_bytes());
+        if bytes == 0 {
+            return Ok(layout);
+        }
+        let taken = Arc::new(Event::new(&self.shelf.gpu, false)?);
+        let outcome = self.ticket().ready.hold(stream).and_then(|()| send(self.address(), bytes));
+        // Recorded also where something failed: whoever gets the memory next waits for what was begun.
+        taken.record(stream)?;
+        self.taken = Some(taken);
+        outcome.map(|()| layout)
+    }
+
+    /// The GPU that the rows are on.
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        &self.shelf.gpu
+    }
+
+    fn into_host_rows(mut self) -> Result<HostRows, BackendError> {
+        let RowsLayout { dtype, columns, .. } = self.layout;
+        let num_bytes = self.num_bytes();
         if num_bytes == 0 {
             return Ok(HostRows { dtype, columns, bytes: Vec::new() });
         }
@@ -229,7 +278,7 @@ impl CudaParcel {
     }
 }
 
-impl Drop for CudaParcel {
+impl Drop for PackedRows {
     fn drop(&mut self) {
         let mut state = self.shelf.state.lock().unwrap_or_else(PoisonError::into_inner);
         let taken = self.taken.take();

@@ -12,5 +12,5 @@ mod shardable;
 
 pub use argument::{Buffer, Either, Moment, Outbox, Ring, Sampled, Tables, Weight};
 pub use backend::AnyBackend;
-pub use parcel::Parcel;
+pub use parcel::{GpuChannel, Parcel};
 pub use shardable::Exchange;

@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use cogvlm_backend::shape::{expect, unsupported};
-use cogvlm_backend::{Backend, BackendError, HostRows, Portable};
+use cogvlm_backend::{Backend, BackendError, DeviceChannel, HostRows, Portable, RowsLayout};
 use cogvlm_core::DType;
 use cogvlm_cpu::{CpuBackend, CpuParcel};
-use cogvlm_cuda::CudaBackend;
+use cogvlm_cuda::{CudaBackend, NcclChannel};
 
 use crate::argument::{Argument, Buffer, Either, Outbox};
 use crate::backend::AnyBackend;
@@ -75,6 +75,31 @@ impl Portable for AnyBackend {
     fn unpack(&self, rows: HostRows) -> Result<Parcel, BackendError> {
         let (dtype, columns) = (rows.dtype, rows.columns);
         Ok(Parcel { dtype, columns, from: Either::Cpu(CpuParcel::of_host_rows(rows)?) })
+    }
+}
+
+/// A channel between GPUs, which may be either backend's.
+pub struct GpuChannel(pub NcclChannel);
+
+impl DeviceChannel<AnyBackend> for GpuChannel {
+    fn send(&self, parcel: Parcel) -> Result<RowsLayout, BackendError> {
+        match parcel.from {
+            Either::Cuda(parcel) => self.0.send(parcel),
+            Either::Cpu(_) => Err(unsupported("send", "rows of the host do not go over a channel between GPUs")),
+        }
+    }
+
+    fn receive(&self, layout: RowsLayout) -> Result<Parcel, BackendError> {
+        let RowsLayout { dtype, columns, .. } = layout;
+        Ok(Parcel { dtype, columns, from: Either::Cuda(self.0.receive(layout)?) })
+    }
+
+    fn check(&self) -> Result<(), BackendError> {
+        self.0.check()
+    }
+
+    fn close(&self) {
+        self.0.close();
     }
 }
 

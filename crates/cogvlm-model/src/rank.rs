@@ -165,9 +165,13 @@ impl<B: Backend> Rank<B> {
         let mut output =
             StageOutput { crossing: None, sampled: None, logits: Vec::new(), captured: Vec::new(), vision: None };
         let uses = |expert| step.uses(expert);
-        self.weights.begin(&self.backend, units.iter().flat_map(|unit| groups_in_order_of_use(*unit, uses)))?;
-        self.backend.set_batch(&mut self.lanes.of_mut(step.kind).tables, &step.batch)?;
+        let used = units.iter().flat_map(|unit| groups_in_order_of_use(*unit, uses));
+        let begun = self.weights.begin(&self.backend, used);
+        let tables = &mut self.lanes.of_mut(step.kind).tables;
+        let begun = begun.and_then(|()| self.backend.set_batch(tables, &step.batch));
+        // Whatever failed: rows that another process sends are received in the order of the steps.
         self.receive(input, step)?;
+        begun?;
         if !vision.is_empty() {
             let begin = self.backend.moment()?;
             self.run_units(vision, step, &mut output.captured, let_pass)?;

@@ -11,11 +11,13 @@
 //! device alone. A member alone is a group too, and adds nothing to what it does by itself.
 #![forbid(unsafe_code)]
 
+mod channel;
 mod group;
 mod outside;
 mod shard;
 mod shares;
 
+pub use channel::ChannelOfOne;
 pub use group::TensorParallel;
 pub use shard::Shard;
 pub use shares::{SharedBuffer, SharedWeight};

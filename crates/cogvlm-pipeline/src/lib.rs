@@ -13,6 +13,7 @@ mod request;
 mod scheduler;
 mod source;
 mod turns;
+mod ways;
 
 pub use blocks::{BlockLease, BlockPool};
 pub use cogvlm_model::StepKind;
@@ -21,3 +22,4 @@ pub use load::{LoadError, LoadProgress, WeightSource, load_plan};
 pub use ranks::{RankError, Ranks};
 pub use remote::Processes;
 pub use request::{CachedPrefix, FinishReason, Image, Request, RequestError, RequestId};
+pub use ways::{Carrier, OpenChannels, Transport, Way};

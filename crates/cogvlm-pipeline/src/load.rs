@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use cogvlm_backend::shape::unsupported;
 use cogvlm_backend::{Backend, BackendError, HostReadError, HostTensor, HostWeight, Portable, RopeMode, rope};
+use cogvlm_cluster::ClusterError;
 use cogvlm_core::{DType, Device, ModelSpec, TensorSpec, Unit, WeightGroup};
 use cogvlm_model::{GroupKey, GroupSource, Rank, RankSpec, SourceTensor, Weights, kv_shape};
 use cogvlm_plan::plan::{
@@ -85,6 +86,9 @@ pub enum LoadError {
     /// A thread could not be started.
     #[error("cannot start a thread for a rank: {0}")]
     Thread(#[from] std::io::Error),
+    /// A process of the run has failed, or rows cannot get to it as they have to.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
     /// The host refused to give a weight.
     #[error(transparent)]
     Host(#[from] HostReadError),
@@ -98,9 +102,10 @@ pub enum LoadError {
 
 impl LoadError {
     /// What to do, where that is known.
-    pub fn hint(&self) -> Option<&'static str> {
+    pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Open(source) | Self::Tensor { source, .. } => source.hint(),
+            Self::Open(source) | Self::Tensor { source, .. } => source.hint().map(str::to_owned),
+            Self::Cluster(error) => error.hint(),
             _ => None,
         }
     }
@@ -114,7 +119,7 @@ impl LoadError {
 pub fn load_plan<B: Portable>(
     plan: &Plan, spec: &ModelSpec, source: &dyn WeightSource, rope_mode: RopeMode,
     make_backend: &dyn Fn(&DevicePlan) -> Result<B, BackendError>, progress: LoadProgress<'_>,
-    processes: Option<Processes>,
+    processes: Option<Processes<B>>,
 ) -> Result<Ranks<B>, LoadError> {
     let process = processes.as_ref().map(Processes::rank);
     let loaded = load_ranks(plan, spec, source, rope_mode, make_backend, progress, process).inspect_err(|error| {
@@ -132,7 +137,7 @@ pub fn load_plan<B: Portable>(
     let prefill = prefill.zip(plan.prefill_stages());
     let prefill = prefill.map(|(prefill, stages)| (prefill.from_rows, routes(&stages)));
     let routes = Routes { decode: routes(&plan.stages), prefill };
-    Ok(Ranks::start(ranks, routes, &plan.limits, |doors| processes.map(|processes| processes.open(doors)).transpose())?)
+    Ranks::start(ranks, routes, &plan.limits, |doors| processes.map(|processes| processes.open(doors)).transpose())
 }
 
 /// All ranks of the plan, those of `process` loaded, of the only one if there are not several; and who prefills for the

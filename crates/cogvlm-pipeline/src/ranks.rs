@@ -17,8 +17,10 @@ use cogvlm_model::{Captured, Crossing, Rank, StageOutput, Step};
 use serde::{Deserialize, Serialize};
 use tracing::debug_span;
 
-use crate::remote::Remote;
+use crate::load::LoadError;
+use crate::remote::{Opened, Remote};
 use crate::turns::{PATIENCE, Turns, Waiting};
+use crate::ways::Way;
 
 /// What went wrong on a rank.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +76,8 @@ pub(crate) struct Envelope<B: Backend> {
     pub(crate) step: Arc<Step>,
     pub(crate) stage: usize,
     pub(crate) input: Option<Crossing<B::Parcel>>,
+    /// Whether its rows come by a channel, where they are received in the order in which they were sent.
+    pub(crate) is_by_channel: bool,
     pub(crate) captured: Vec<Captured>,
     /// Vision units on ranks of this process.
     vision: Vec<VisionSpan<B>>,
@@ -94,7 +98,8 @@ impl<B: Backend> Envelope<B> {
         id: StepId, step: Step, stage: usize, input: Option<Crossing<B::Parcel>>, captured: Vec<Captured>,
         vision_time: Duration,
     ) -> Self {
-        Self { id, step: Arc::new(step), stage, input, captured, vision: Vec::new(), vision_time }
+        let (step, is_by_channel) = (Arc::new(step), false);
+        Self { id, step, stage, input, is_by_channel, captured, vision: Vec::new(), vision_time }
     }
 
     /// Waits for what devices of this process measured: another one cannot ask them.
@@ -152,8 +157,9 @@ impl<B: Backend> Clone for Inbox<B> {
 
 /// The way to the ranks of other processes.
 pub(crate) trait Portal<B: Backend>: Send + Sync {
-    /// Sends a step to `process`; its rows are of `backend`. All of its time in vision units is in `vision_time`.
-    fn send(&self, backend: Option<&B>, process: usize, envelope: Envelope<B>) -> Result<(), RankError>;
+    /// Sends a step to `process`; its rows are of `sender`, a rank by its index and its backend. All of its time in vision
+    /// units is in `vision_time`.
+    fn send(&self, sender: Option<(usize, &B)>, process: usize, envelope: Envelope<B>) -> Result<(), RankError>;
 }
 
 /// A stage, and the rank that executes it.
@@ -186,7 +192,7 @@ impl Routes {
     }
 
     /// Both ways.
-    fn all(&self) -> impl Iterator<Item = &[Route]> {
+    pub(crate) fn all(&self) -> impl Iterator<Item = &[Route]> {
         std::iter::once(&self.decode[..]).chain(self.prefill.iter().map(|(_, routes)| &routes[..]))
     }
 }
@@ -207,7 +213,7 @@ pub struct Ranks<B: Backend> {
     is_fenced: bool,
     threads: Vec<(Device, JoinHandle<()>)>,
     /// The other processes of the run, if any; ends after the threads.
-    remote: Option<Remote>,
+    remote: Option<Remote<B>>,
     /// The only rank, if there is just one and nobody to pass anybody: it runs on the caller's thread, which waking
     /// another would only delay.
     alone: Option<Mutex<(RankThread<B>, Rank<B>)>>,
@@ -237,14 +243,15 @@ impl<B: Backend> Ranks<B> {
     /// Starts a thread for each rank of this process. `connect` is given what other processes need of this one.
     pub(crate) fn start(
         ranks: Vec<RankOf<B>>, routes: Routes, limits: &StepLimits,
-        connect: impl FnOnce(Doors<B>) -> std::io::Result<Option<(Remote, Arc<dyn Portal<B>>)>>,
-    ) -> std::io::Result<Self> {
+        connect: impl FnOnce(Doors<B>) -> Result<Option<Opened<B>>, LoadError>,
+    ) -> Result<Self, LoadError> {
         let routes = Arc::new(routes);
         let (result_sender, results) = channel();
         let (senders, outlets): (Vec<_>, Vec<_>) = ranks.iter().map(|_| channel()).unzip();
         let backend_of = |rank: &RankOf<B>| rank.here.as_ref().map(|(backend, _)| Arc::clone(backend));
         let backends: Vec<Option<Arc<B>>> = ranks.iter().map(backend_of).collect();
         let doors = Doors {
+            devices: ranks.iter().map(|rank| rank.device).collect(),
             routes: Arc::clone(&routes),
             inboxes: senders.clone(),
             backends: backends.clone(),
@@ -395,6 +402,10 @@ impl<B: Backend> Ranks<B> {
                 Ended::Here(output) => Self::finish(output),
                 Ended::Elsewhere(result) => Ok(result),
             });
+            // Where a process has failed, channels were aborted, and what came over them is no result.
+            if let Some(remote) = &self.remote {
+                remote.check()?;
+            }
             return Ok(Some((id, result)));
         }
         if let Some(remote) = &self.remote {
@@ -423,6 +434,11 @@ impl<B: Backend> Ranks<B> {
         let here = self.devices.iter().zip(&self.backends);
         let here = here.filter_map(|(device, backend)| Some((device, backend.as_ref()?)));
         here.flat_map(|(device, backend)| backend.memory_by_device(*device)).collect()
+    }
+
+    /// How rows get from process to process: of the whole run at process 0, where there are several processes.
+    pub fn ways(&self) -> &[Way] {
+        self.remote.as_ref().map_or(&[], Remote::ways)
     }
 
     /// Works for process 0 until it ends the run: the part of every other process.
@@ -460,6 +476,8 @@ impl<B: Backend> VisionSpan<B> {
 
 /// What other processes need of this one.
 pub(crate) struct Doors<B: Backend> {
+    /// Of all ranks.
+    pub(crate) devices: Vec<Device>,
     pub(crate) routes: Arc<Routes>,
     /// Of all ranks; those of other processes have nobody behind them.
     pub(crate) inboxes: Vec<Sender<Message<B>>>,
@@ -469,9 +487,9 @@ pub(crate) struct Doors<B: Backend> {
 
 impl<B: Backend> Clone for Doors<B> {
     fn clone(&self) -> Self {
-        let Self { routes, inboxes, backends, results } = self;
-        let (routes, inboxes) = (Arc::clone(routes), inboxes.clone());
-        Self { routes, inboxes, backends: backends.clone(), results: results.clone() }
+        let Self { devices, routes, inboxes, backends, results } = self;
+        let (devices, routes, inboxes) = (devices.clone(), Arc::clone(routes), inboxes.clone());
+        Self { devices, routes, inboxes, backends: backends.clone(), results: results.clone() }
     }
 }
 
@@ -479,6 +497,8 @@ impl<B: Backend> Drop for Ranks<B> {
     fn drop(&mut self) {
         if let Some(remote) = &self.remote {
             remote.end();
+            // What is under way is wanted by nobody, and its devices may wait for processes that have stopped.
+            remote.close_channels();
         }
         for inbox in &self.inboxes {
             if let Inbox::Here(inbox) = inbox {
@@ -507,7 +527,8 @@ impl<B: Backend> RankThread<B> {
                 (_, Inbox::Here(inbox)) => drop(inbox.send(Message::Run(envelope))),
                 (process, Inbox::Elsewhere(portal)) => {
                     let settled = envelope.settle_vision_time();
-                    let sent = settled.and_then(|envelope| portal.send(Some(&self.backend), *process, envelope));
+                    let sent =
+                        settled.and_then(|envelope| portal.send(Some((self.index, &self.backend)), *process, envelope));
                     if let Err(error) = sent {
                         drop(self.results.send((id, Err(error))));
                     }
@@ -520,7 +541,7 @@ impl<B: Backend> RankThread<B> {
     }
 
     fn run_stages(&mut self, rank: &mut Rank<B>, envelope: Envelope<B>) -> Result<Passed<B>, RankError> {
-        let Envelope { id, step, mut stage, mut input, mut captured, vision: mut spans, vision_time } = envelope;
+        let Envelope { id, step, mut stage, mut input, mut captured, vision: mut spans, vision_time, .. } = envelope;
         let routes = Arc::clone(&self.routes);
         let routes = routes.of(&step);
         let mut turns = Turns::default();
@@ -542,7 +563,8 @@ impl<B: Backend> RankThread<B> {
             stage += 1;
             input = crossing;
             if next.rank != self.index {
-                let envelope = Envelope { id, step, stage, input, captured, vision: spans, vision_time };
+                let (vision, is_by_channel) = (spans, false);
+                let envelope = Envelope { id, step, stage, input, is_by_channel, captured, vision, vision_time };
                 return Ok(Passed::On(next.rank, envelope));
             }
         }

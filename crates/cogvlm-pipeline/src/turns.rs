@@ -81,10 +81,12 @@ impl<B: Backend> Waiting<B> {
         }
     }
 
-    /// The decode step that came first, if any is there.
+    /// The decode step that came first, if any is there. It waits for prompts before it whose rows come by a channel: these
+    /// are received in the order in which they were sent.
     pub(crate) fn take_decode(&mut self) -> Option<Envelope<B>> {
         let index = self.steps.iter().position(|envelope| envelope.step.kind == StepKind::Decode)?;
-        self.steps.remove(index)
+        let is_next = !self.steps.range(..index).any(|envelope| envelope.is_by_channel);
+        if is_next { self.steps.remove(index) } else { None }
     }
 
     /// Empties the inbox.
@@ -132,6 +134,17 @@ mod tests {
         let mut waiting = Waiting::new(inbox);
         waiting.collect();
         waiting
+    }
+
+    #[test]
+    fn rows_of_a_channel_are_received_in_their_order() {
+        use StepKind::{Decode, Prefill};
+        let mut waiting = waiting(&[Decode, Prefill, Decode]);
+        waiting.steps[1].is_by_channel = true;
+        assert!(waiting.take_decode().is_some_and(|envelope| envelope.id == StepId(0)));
+        assert!(waiting.take_decode().is_none(), "the prompt's rows are the next of the channel");
+        assert!(waiting.next().is_some_and(|envelope| envelope.id == StepId(1)));
+        assert!(waiting.take_decode().is_some_and(|envelope| envelope.id == StepId(2)));
     }
 
     #[test]

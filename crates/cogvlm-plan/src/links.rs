@@ -313,12 +313,12 @@ impl Links {
                     "to_host_bytes_per_s": rates.to_host_bytes_per_s,
                     "host_hop_s": rates.host_hop_s,
                 });
-                (ordinal.to_string(), entry)
+                (Device::Gpu(*ordinal).to_string(), entry)
             })
             .collect();
         let pair = |((from, to), rates): (&(u32, u32), &PeerRates)| {
             json!({
-                "from": from, "to": to, "peer_access": rates.peer_access, "bytes_per_s": rates.bytes_per_s,
+                "from": Device::Gpu(*from), "to": Device::Gpu(*to), "peer_access": rates.peer_access, "bytes_per_s": rates.bytes_per_s,
                 "hop_s": rates.hop_s,
             })
         };
@@ -424,18 +424,32 @@ impl<'a> Fields<'a> {
 
     fn ordinal(&mut self, name: &'static str, known: &BTreeMap<u32, CardRates>) -> Result<u32, LinksError> {
         let value = self.get(name)?;
-        let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
-        let number = number.ok_or_else(|| self.wrong(name, &format!("is {value}, which is no GPU's number")))?;
+        let number = match value.as_str() {
+            Some(text) => gpu_number(text),
+            None => value.as_u64().and_then(|number| gpu_number(&number.to_string())),
+        };
+        let number = number.ok_or_else(|| self.wrong(name, &format!("is {value}, which is {NO_GPU}")))?;
         if known.contains_key(&number) {
             Ok(number)
         } else {
-            Err(self.wrong(name, &format!("is {number}, which `devices` does not list")))
+            Err(self.wrong(name, &format!("is {value}, which `devices` does not list")))
         }
     }
 
     fn end(self) -> Result<(), LinksError> {
         let unknown = self.object.keys().find(|key| !self.asked.contains(&key.as_str()));
         unknown.map_or(Ok(()), |key| Err(self.wrong(key, "is no field of this file")))
+    }
+}
+
+/// What a GPU's name has to be.
+const NO_GPU: &str = "no GPU's number, such as 0, or \"1/0\" for GPU 0 of process 1";
+
+/// The number of a GPU that is written as devices are.
+fn gpu_number(text: &str) -> Option<u32> {
+    match Device::parse(text) {
+        Some(Device::Gpu(number)) if Device::Gpu(number).to_string() == text => Some(number),
+        _ => None,
     }
 }
 
@@ -470,8 +484,7 @@ fn read(value: &Value, parent: &str) -> Result<Links, LinksError> {
     let devices = Fields::new(file.get("devices")?, parent, "devices")?;
     let mut known = BTreeMap::new();
     for (key, value) in devices.object {
-        let ordinal: Option<u32> = key.parse().ok().filter(|ordinal: &u32| ordinal.to_string() == *key);
-        let ordinal = ordinal.ok_or_else(|| devices.wrong(key, "is no GPU's number"))?;
+        let ordinal = gpu_number(key).ok_or_else(|| devices.wrong(key, &format!("is {NO_GPU}")))?;
         let mut card = Fields::new(value, &devices.prefix, key)?;
         let name = card.text("name")?;
         let rates = CardRates {
@@ -490,6 +503,7 @@ fn read(value: &Value, parent: &str) -> Result<Links, LinksError> {
         let mut pair = Fields::new(value, parent, &format!("pairs[{index}]"))?;
         let (from, to) = (pair.ordinal("from", &known)?, pair.ordinal("to", &known)?);
         if from == to || links.pairs.contains_key(&(from, to)) {
+            let (from, to) = (Device::Gpu(from), Device::Gpu(to));
             return Err(pair.wrong("to", &format!("is {to}: the way from {from} is itself, or stands here twice")));
         }
         let peer_access = pair.get("peer_access")?.as_bool();

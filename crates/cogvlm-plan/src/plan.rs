@@ -41,6 +41,10 @@ pub const CUDA_RESERVE_BYTES: u64 = 600 * MIB;
 /// is registered. 16.2 GB took 50 MB, 20.4 GB took 60 MB of an H100 (driver 580).
 const HOST_BYTES_PER_RESERVED_BYTE: u64 = 384;
 
+/// What NCCL may take of a card beside that, where it joins it to cards of other processes: its kernels, and buffers of
+/// each of its few channels. How much it took is logged when a channel is opened.
+pub const NCCL_RESERVE_BYTES: u64 = 512 * MIB;
+
 /// The same for a virtual rank of the CPU backend, which holds nothing but its arena.
 pub const VIRTUAL_RANK_RESERVE_BYTES: u64 = 0;
 

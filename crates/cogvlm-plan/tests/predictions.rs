@@ -283,6 +283,28 @@ fn rates_survive_json() {
 }
 
 #[test]
+fn devices_of_other_processes_have_rates_too() {
+    let [zero, one] = ["0", "1/0"].map(|name| Device::parse(name).unwrap());
+    let Device::Gpu(other) = one else { panic!("{one:?}") };
+    let network = PeerRates { peer_access: false, bytes_per_s: 9e9, hop_s: 3e-4 };
+    let links = Links::measured(MeasuredOn::default(), CORES_16).with_card(0, "a", H100).with_card(other, "b", H100);
+    let links = links.with_pair(0, other, network);
+    let json = links.to_json();
+    assert!(json["devices"]["1/0"].is_object() && json["pairs"][0]["to"] == "1/0", "{json}");
+    assert_eq!(Links::from_json(&json.to_string()), Ok(links.clone()));
+    // A slow way between the two makes a token take longer.
+    let seconds = |hop_s: f64| {
+        let mut request = request("0/0:20GiB,1/0:20GiB", Policy::Balanced);
+        request.links = links.clone().with_pair(0, other, PeerRates { hop_s, ..network });
+        let plan = plan(&request).unwrap();
+        assert!([zero, one].iter().all(|device| plan.uses(*device)) && plan.notices.is_empty(), "{:?}", plan.notices);
+        plan.seconds_per_token
+    };
+    let slower = seconds(3e-4) - seconds(1e-4);
+    assert!(slower > 1.9e-4, "{slower}");
+}
+
+#[test]
 fn files_that_do_not_hold_are_refused_by_field() {
     use serde_json::{Value, json};
     let pair = PeerRates { peer_access: true, bytes_per_s: 37e9, hop_s: 2e-5 };
@@ -321,6 +343,7 @@ fn files_that_do_not_hold_are_refused_by_field() {
         ("/devices/1/speed", Some(json!(1)), "`devices.1.speed` is no field of this file"),
         ("/devices/cpu", Some(json!({})), "`devices.cpu` is no GPU's number"),
         ("/devices/01", Some(json!({})), "`devices.01` is no GPU's number"),
+        ("/devices/1024", Some(json!({})), "`devices.1024` is no GPU's number, such as 0, or \"1/0\" for GPU 0 of"),
         ("/devices/7", Some(json!(3)), "`devices.7` is no JSON object"),
         ("/devices", Some(json!([])), "`devices` is no JSON object"),
         ("/devices/0", None, "`pairs[0].from` is 0, which `devices` does not list"),

@@ -147,6 +147,12 @@ for executable in tests/*; do
         run_tests "$name" 240 2 "$executable" --skip rates
         run_command load-rates 120 "$executable" --ignored --nocapture rates
         ;;
+    cogvlm-cli-processes)
+        run_tests "$name" 300 1 "$executable" --skip two_gpus
+        if (($(nvidia-smi -L 2>/dev/null | wc -l) > 1)); then
+            run_tests two-gpus 400 1 "$executable" two_gpus
+        fi
+        ;;
     *) run_tests "$name" 300 "$threads" "$executable" ;;
     esac
 done

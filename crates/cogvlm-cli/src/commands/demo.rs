@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use crate::answer;
-use crate::args::{BackendArg, ClusterArgs, DTypeArg, ModelArgs, PlacementArgs, PolicyArg, RopeArg, SamplingArgs};
+use crate::args::{
+    BackendArg, ClusterArgs, DTypeArg, ModelArgs, PlacementArgs, PolicyArg, RopeArg, SamplingArgs, TransportArg,
+};
 use crate::error::CliResult;
 use crate::output::{note, print, print_line};
 use crate::prompt::layout_of_text;
@@ -34,6 +36,7 @@ pub(crate) fn run() -> CliResult {
             context: Some(1536),
             batch: None,
             links: None,
+            transport: TransportArg::Auto,
         },
         device_map: None,
         backend: BackendArg::Cpu,

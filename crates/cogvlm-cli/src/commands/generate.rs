@@ -14,6 +14,7 @@ use serde_json::json;
 
 use crate::answer::{self, Answer};
 use crate::args::GenerateArgs;
+use crate::cluster::ways_json;
 use crate::error::{CliError, CliResult};
 use crate::output::{OutputFile, print, print_line};
 use crate::prompt::{layout_of_ids, layout_of_text, open_tokenizer, read_history, read_image, read_json, read_text};
@@ -168,7 +169,7 @@ fn report(session: &Session, question: &Question, answer: &Answer) -> serde_json
     let timings = &answer.timings;
     let steps = timings.num_decode_steps as f64;
     let per_token = (timings.num_decode_steps > 0).then(|| ms(timings.decode) / steps);
-    json!({
+    let mut report = json!({
         "prompt": prompt,
         "input_ids": layout.input_ids,
         "token_type_ids": layout.token_types.iter().map(|kind| TokenType::id(*kind)).collect::<Vec<_>>(),
@@ -189,7 +190,11 @@ fn report(session: &Session, question: &Question, answer: &Answer) -> serde_json
             "decode_tokens_per_s": per_token.map(|ms| 1e3 / ms),
         },
         "memory": session.peak_memory(),
-    })
+    });
+    if !session.ways.is_empty() {
+        report["transport"] = ways_json(&session.ways);
+    }
+    report
 }
 
 /// Writes f32 tensors as one safetensors file.

@@ -52,8 +52,8 @@ const char *ncclGetErrorString(int code) { return code == 2 ? "unhandled system 
 const char *ncclGetLastError(void *comm) { return comm ? "socket says no" : ""; }
 int ncclGetUniqueId(id_t *id) { memset(id->bytes, 7, 128); return ID; }
 int ncclCommInitRankConfig(void **comm, int size, id_t id, int rank, config_t *config) {
-    note("init %d/%d id %d..%d size %zu magic %x version %u blocking %d split %d;", rank, size, id.bytes[0],
-         id.bytes[127], config->size, config->magic, config->version, config->blocking,
+    note("init %d/%d id %d..%d size %zu magic %x version %u blocking %d ctas %d split %d;", rank, size, id.bytes[0],
+         id.bytes[127], config->size, config->magic, config->version, config->blocking, config->max,
          config->split == -2147483647 - 1);
     *comm = (void *)0x1000;
     return INIT;
@@ -132,7 +132,7 @@ impl Fake {
         let nccl = self.nccl();
         let id = nccl.unique_id().unwrap();
         let timeout = Duration::from_millis(timeout_ms);
-        let communicator = Communicator::init(&nccl, id, 1, 3, Arc::clone(&watch), timeout);
+        let communicator = Communicator::init(&nccl, id, 1, 3, &watch, timeout);
         (watch, communicator)
     }
 }
@@ -141,7 +141,7 @@ fn failure() -> Failure {
     Failure { rank: 2, size: 3, host: "node3".to_owned(), pid: 1, cause: Cause::Closed { detail: String::new() } }
 }
 
-const INIT: &str = "init 1/3 id 7..7 size 48 magic cafebeef version 21800 blocking 0 split 1;";
+const INIT: &str = "init 1/3 id 7..7 size 48 magic cafebeef version 21800 blocking 0 ctas 4 split 1;";
 
 #[test]
 fn rows_are_exchanged_in_one_group_and_all_is_ended_in_order() {
@@ -161,6 +161,8 @@ fn rows_are_exchanged_in_one_group_and_all_is_ended_in_order() {
         let result = unsafe { communicator.exchange(&[Transfer::Send { address: 0, num_bytes: 0, peer }], 0) };
         assert_eq!(result, Err(NcclError::Peer { rank: 1, size: 3, peer }));
     }
+    communicator.close();
+    assert_eq!(communicator.check(), Err(NcclError::Closed { rank: 1, size: 3 }));
     drop(communicator);
     let exchange = "{recv 0x10 64 type 0 from 0 on 0x30;send 0x20 32 type 0 to 2 on 0x30;}";
     assert_eq!(fake.calls(), format!("{INIT}{exchange}finalize;destroy;"));
@@ -179,7 +181,7 @@ fn a_failing_process_aborts_what_waits() {
         dying.fail(failure());
     });
     let start = Instant::now();
-    let result = Communicator::init(&nccl, id, 1, 3, Arc::clone(&watch), Duration::from_secs(60));
+    let result = Communicator::init(&nccl, id, 1, 3, &watch, Duration::from_secs(60));
     thread.join().unwrap();
     let expected = NcclError::Cluster(ClusterError::Failed(Arc::new(failure())));
     assert_eq!(result.err(), Some(expected.clone()));
@@ -188,7 +190,7 @@ fn a_failing_process_aborts_what_waits() {
     // So does an exchange, from another thread than the one that waits.
     fake.set_state(SUCCESS);
     let watch = Watch::new();
-    let communicator = Communicator::init(&nccl, id, 1, 3, Arc::clone(&watch), Duration::from_secs(60)).unwrap();
+    let communicator = Communicator::init(&nccl, id, 1, 3, &watch, Duration::from_secs(60)).unwrap();
     fake.set_state(IN_PROGRESS);
     let dying = Arc::clone(&watch);
     let thread = std::thread::spawn(move || {
@@ -212,7 +214,10 @@ fn failures_are_errors_in_its_own_words() {
     let error = communicator.err().unwrap();
     assert_eq!(
         error.to_string(),
-        "NCCL's ncclCommInitRankConfig failed at process 1 of 3: unhandled system error (NCCL error 2)"
+        format!(
+            "ncclCommInitRankConfig of {} (2.28.9) failed at rank 1 of 3: unhandled system error (NCCL error 2)",
+            failing.path.display()
+        )
     );
     assert!(error.hint().unwrap().contains("NCCL_DEBUG"));
     assert_eq!(failing.calls(), INIT, "what failed at once is not ended");
@@ -225,7 +230,7 @@ fn failures_are_errors_in_its_own_words() {
     let (_, communicator) = slow.init(20);
     assert_eq!(
         communicator.err().unwrap().to_string(),
-        "NCCL's ncclCommInitRankConfig did not end within 0.02 s at process 1 of 3"
+        format!("ncclCommInitRankConfig of {} (2.28.9) did not end within 0.02 s at rank 1 of 3", slow.path.display())
     );
     assert_eq!(slow.calls(), format!("{INIT}abort 0x1000;"), "what failed is not ended in order");
 
@@ -236,7 +241,7 @@ fn failures_are_errors_in_its_own_words() {
         [Transfer::Send { address: 1, num_bytes: 1, peer: 0 }, Transfer::Recv { address: 1, num_bytes: 1, peer: 0 }];
     // SAFETY: the stand-in reads and writes no address.
     let error = unsafe { communicator.exchange(&transfer, 0) }.unwrap_err();
-    assert!(error.to_string().starts_with("NCCL's ncclSend failed"), "{error}");
+    assert!(error.to_string().starts_with("ncclSend of "), "{error}");
     drop(communicator);
     assert!(sending.calls().contains("{send 0x1 1 type 0 to 0 on (nil);}"), "a group is ended: {}", sending.calls());
 

@@ -26,6 +26,15 @@ impl Process {
 
     /// Started by another program, which may start several.
     pub fn start_by(launcher: &[&str], job: &str, variables: &[(&str, String)]) -> Self {
+        Self::spawn(launcher, job, variables, Stdio::null())
+    }
+
+    /// One whose stderr is shown.
+    pub fn start_loud(job: &str, variables: &[(&str, String)]) -> Self {
+        Self::spawn(&[], job, variables, Stdio::inherit())
+    }
+
+    fn spawn(launcher: &[&str], job: &str, variables: &[(&str, String)], stderr: Stdio) -> Self {
         let own = std::env::current_exe().unwrap().into_os_string();
         let mut words = launcher.iter().map(std::ffi::OsString::from).chain([own]);
         let mut command = Command::new(words.next().unwrap());
@@ -49,7 +58,7 @@ impl Process {
             }
         }
         command.env("TEST_JOB", job).envs(variables.iter().map(|(name, value)| (name, value)));
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = command.stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
         let output = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
         let (mut stdout, shared) = (child.stdout.take().unwrap(), std::sync::Arc::clone(&output));
         let reader = std::thread::spawn(move || {

@@ -105,7 +105,7 @@ pub(crate) fn run(args: &BenchArgs) -> CliResult {
     }
 
     let memory = memory::memory(&session);
-    let Session { engine, plan, links, on_gpus, source, load_time, num_threads } = session;
+    let Session { engine, plan, links, ways, on_gpus, source, load_time, num_threads } = session;
     // What is measured next needs memory too.
     drop(engine);
     note("measuring the machine");
@@ -154,6 +154,7 @@ pub(crate) fn run(args: &BenchArgs) -> CliResult {
         predicted_here: measured_links.map(|links| predicted("measured in this run".to_owned(), &links)),
         ceilings,
         memory,
+        ways,
     };
     print_line(&if args.json { report.json().to_string() } else { report.text() })
 }

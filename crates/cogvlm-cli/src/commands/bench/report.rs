@@ -1,7 +1,10 @@
 //! From measured times to rates and shares, and to text and JSON.
 
 use cogvlm_core::memory::format_bytes;
+use cogvlm_pipeline::Way;
 use serde_json::{Map, Value, json};
+
+use crate::cluster::{way_text, ways_json};
 
 use super::ceilings::Ceilings;
 use super::memory::DeviceMemory;
@@ -33,6 +36,8 @@ pub(super) struct Report {
     pub(super) predicted_here: Option<Predicted>,
     pub(super) ceilings: Option<Ceilings>,
     pub(super) memory: Vec<DeviceMemory>,
+    /// What carried rows between processes.
+    pub(super) ways: Vec<Way>,
 }
 
 /// Loading.
@@ -235,7 +240,7 @@ impl Report {
         let (vision, prefill) = (self.vision_rate(), self.prefill_rate());
         let memory: Map<String, Value> =
             self.memory.iter().map(|memory| (memory.device.to_string(), memory.json())).collect();
-        json!({
+        let mut report = json!({
             "schema": "cogvlm-shard.bench/2",
             "model": self.model,
             "dtype": self.dtype,
@@ -258,7 +263,11 @@ impl Report {
             "predicted_by_measured_rates": self.predicted_here.as_ref().map(|predicted| predicted.json(self)),
             "ceiling": ceilings.map(Ceilings::json),
             "memory": memory,
-        })
+        });
+        if !self.ways.is_empty() {
+            report["transport"] = ways_json(&self.ways);
+        }
+        report
     }
 
     pub(super) fn text(&self) -> String {
@@ -293,6 +302,7 @@ impl Report {
         }
         lines.extend(self.predicted_here.as_ref().map(|predicted| predicted.text(self)));
         lines.extend(self.memory.iter().map(DeviceMemory::text));
+        lines.extend(self.ways.iter().map(|way| format!("  {}", way_text(way))));
         lines.join("\n")
     }
 }
@@ -369,6 +379,7 @@ mod tests {
             }),
             ceilings: Some(example()),
             memory: Vec::new(),
+            ways: Vec::new(),
         }
     }
 

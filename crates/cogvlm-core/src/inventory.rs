@@ -92,6 +92,16 @@ pub enum WeightGroup {
     Down(Expert),
 }
 
+impl WeightGroup {
+    /// Whose weights they are, where experts have their own.
+    pub fn expert(self) -> Option<Expert> {
+        match self {
+            Self::Whole | Self::Norms => None,
+            Self::Qkv(expert) | Self::Dense(expert) | Self::GateUp(expert) | Self::Down(expert) => Some(expert),
+        }
+    }
+}
+
 /// One tensor of the checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorSpec {

@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use cogvlm_backend::shape::unsupported;
 use cogvlm_backend::{Backend, BackendError, HostReadError, HostTensor, HostWeight, Portable, RopeMode, rope};
 use cogvlm_cluster::ClusterError;
-use cogvlm_core::{DType, Device, ModelSpec, TensorSpec, Unit, WeightGroup};
+use cogvlm_core::{DType, Device, Expert, ModelSpec, TensorSpec, Unit, WeightGroup};
 use cogvlm_model::{GroupKey, GroupSource, Rank, RankSpec, SourceTensor, Weights, kv_shape};
 use cogvlm_plan::plan::{
     DevicePlan, Plan, Prefill, Residency, STAGING_ALIGN, STAGING_SLOTS, StagePlan, TensorPlacement,
 };
 use tracing::{info, warn};
 
-use crate::ranks::{RankOf, Ranks, Route, Routes};
+use crate::ranks::{RankHere, RankOf, Ranks, Route, Routes};
 use crate::remote::Processes;
 
 /// Where weights come from: a checkpoint's mapped files, or the rule of a synthetic model.
@@ -186,15 +186,23 @@ fn load_ranks<B: Portable>(
             (key, source)
         });
         let groups: HashMap<GroupKey, GroupSource<B::Weight>> = groups.collect();
-        let streamed = groups.values().flat_map(|group| match group {
-            GroupSource::Streamed(sources) => &sources[..],
-            GroupSource::Resident(_) => &[],
-        });
-        let in_host_memory = streamed.filter_map(|source| match source {
-            SourceTensor::Host(weight) => Some(HostWeight::clone(weight)),
-            SourceTensor::File(_) | SourceTensor::Peer(_) => None,
-        });
-        backend.prepare_streaming(&in_host_memory.collect::<Vec<_>>());
+        let decodes = |unit: Unit| {
+            let mut stages = plan.stages.iter().filter(|stage| stage.device == device);
+            stages.any(|stage| stage.units.contains(&unit))
+        };
+        // What is streamed from host memory: for every token, and for prompts.
+        let (mut for_tokens, mut for_prompts) = (Vec::new(), Vec::new());
+        for ((unit, group), source) in &groups {
+            let GroupSource::Streamed(sources) = source else { continue };
+            let in_host_memory = sources.iter().filter_map(|source| match source {
+                SourceTensor::Host(weight) => Some(HostWeight::clone(weight)),
+                SourceTensor::File(_) | SourceTensor::Peer(_) => None,
+            });
+            let is_for_tokens = !unit.is_vision() && group.expert() != Some(Expert::Vision) && decodes(*unit);
+            let weights = if is_for_tokens { &mut for_tokens } else { &mut for_prompts };
+            weights.extend(in_host_memory);
+        }
+        backend.prepare_streaming(&for_tokens);
         let weights =
             Weights::new(&*backend, groups, STAGING_SLOTS, slot_bytes as usize).map_err(|e| failed(e.into()))?;
         let limits = plan.limits;
@@ -202,7 +210,7 @@ fn load_ranks<B: Portable>(
         let kv = shared_kv.remove(&device).unwrap_or_default();
         let rank = Rank::new(Arc::clone(&backend), rank_spec, weights, kv).map_err(failed)?;
         info!(%device, bytes = backend.memory().in_use, "loaded rank");
-        ranks.push(RankOf { device, here: Some((backend, rank)) });
+        ranks.push(RankOf { device, here: Some(RankHere { backend, rank, for_prompts }) });
     }
     Ok((ranks, plan.prefill))
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use cogvlm_backend::{Backend, BackendError, MemoryUse};
+use cogvlm_backend::{Backend, BackendError, HostWeight, MemoryUse};
 use cogvlm_cluster::ClusterError;
 use cogvlm_core::workspace::{PARCELS, StepLimits};
 use cogvlm_core::{Device, Unit};
@@ -211,6 +211,8 @@ pub struct Ranks<B: Backend> {
     held: VecDeque<(StepId, Step)>,
     /// Steps wait from now on.
     is_fenced: bool,
+    /// What is streamed to ranks of this process from host memory, though not for every token.
+    for_prompts: Vec<(Arc<B>, Vec<HostWeight>)>,
     threads: Vec<(Device, JoinHandle<()>)>,
     /// The other processes of the run, if any; ends after the threads.
     remote: Option<Remote<B>>,
@@ -236,7 +238,15 @@ struct RankThread<B: Backend> {
 pub(crate) struct RankOf<B: Backend> {
     pub(crate) device: Device,
     /// Where it is a rank of this process.
-    pub(crate) here: Option<(Arc<B>, Rank<B>)>,
+    pub(crate) here: Option<RankHere<B>>,
+}
+
+/// A rank of this process.
+pub(crate) struct RankHere<B: Backend> {
+    pub(crate) backend: Arc<B>,
+    pub(crate) rank: Rank<B>,
+    /// Weights that are streamed to it from host memory, though not for every token.
+    pub(crate) for_prompts: Vec<HostWeight>,
 }
 
 impl<B: Backend> Ranks<B> {
@@ -248,7 +258,7 @@ impl<B: Backend> Ranks<B> {
         let routes = Arc::new(routes);
         let (result_sender, results) = channel();
         let (senders, outlets): (Vec<_>, Vec<_>) = ranks.iter().map(|_| channel()).unzip();
-        let backend_of = |rank: &RankOf<B>| rank.here.as_ref().map(|(backend, _)| Arc::clone(backend));
+        let backend_of = |rank: &RankOf<B>| rank.here.as_ref().map(|here| Arc::clone(&here.backend));
         let backends: Vec<Option<Arc<B>>> = ranks.iter().map(backend_of).collect();
         let doors = Doors {
             devices: ranks.iter().map(|rank| rank.device).collect(),
@@ -277,13 +287,15 @@ impl<B: Backend> Ranks<B> {
             num_under_way: 0,
             held: VecDeque::new(),
             is_fenced: false,
+            for_prompts: Vec::new(),
             threads,
             remote,
             alone: None,
             next_id: 0,
         };
         for (index, (RankOf { device, here }, inbox)) in ranks.into_iter().zip(outlets).enumerate() {
-            let Some((backend, rank)) = here else { continue };
+            let Some(RankHere { backend, rank, for_prompts }) = here else { continue };
+            all.for_prompts.push((Arc::clone(&backend), for_prompts));
             let (routes, peers, results) = (Arc::clone(&all.routes), peers.clone(), result_sender.clone());
             let waiting = Waiting::new(inbox);
             let thread = RankThread { index, device, routes, backend, peers, results, waiting };
@@ -427,6 +439,13 @@ impl<B: Backend> Ranks<B> {
             vision_time += span.time()?;
         }
         Ok(StepResult { tokens, logits, captured, vision_time })
+    }
+
+    /// Gets ready to stream weights of many prompts: see [`Engine::expect_many_prompts`](crate::Engine::expect_many_prompts).
+    pub(crate) fn expect_many_prompts(&mut self) {
+        for (backend, weights) in self.for_prompts.drain(..) {
+            backend.prepare_streaming(&weights);
+        }
     }
 
     /// What each device of this process holds, in rank order.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use cogvlm_backend::SamplingParams;
 use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::{DType, Device, ModelSpec};
-use cogvlm_pipeline::{Event, Image, Request, RequestId, StepKind, StepReport};
+use cogvlm_pipeline::{CachedPrefix, Event, Image, Request, RequestId, StepKind, StepReport};
 use cogvlm_plan::links::Links;
 use cogvlm_plan::plan::Plan;
 
@@ -29,7 +29,7 @@ struct Run {
     /// From the first request to the first token of any.
     first_token: Duration,
     vision: Duration,
-    /// From the first request to the first token of the last, decode steps in between included.
+    /// From the first request to the first token of the last.
     prefill: Duration,
     /// Between two tokens of a sequence, where the prompts of others were still to be computed at the first of them.
     gaps: Vec<Duration>,
@@ -90,12 +90,17 @@ pub(crate) fn run(args: &BenchArgs) -> CliResult {
     let layout = prompt(&spec, args);
 
     let opened = start.elapsed();
-    let mut to_first_token = None;
+    let (mut to_first_token, mut ready) = (None, Duration::ZERO);
     let mut measured = Vec::new();
     for sequences in numbers_of_sequences(&args.sequences, batch) {
         note(&format!("warming up, {sequences} at once"));
         let warm_up = repetition(&mut session, &layout, args, sequences)?;
-        to_first_token.get_or_insert(opened + warm_up.first_token);
+        if to_first_token.is_none() {
+            to_first_token = Some(opened + warm_up.first_token);
+            let start = Instant::now();
+            session.engine.expect_many_prompts();
+            ready = start.elapsed();
+        }
         let mut runs = Vec::new();
         for index in 0..args.repeats {
             note(&format!("repetition {} of {}", index + 1, args.repeats));
@@ -144,7 +149,7 @@ pub(crate) fn run(args: &BenchArgs) -> CliResult {
         has_image: !args.text_only,
         batch,
         repeats: args.repeats,
-        load: load(&plan, source.total_bytes(), load_time, to_first_token_s),
+        load: load(&plan, source.total_bytes(), [load_time, ready], to_first_token_s),
         first_token_s: of_one(|run| run.first_token),
         vision_s: of_one(|run| run.vision),
         prefill_s: of_one(|run| run.prefill),
@@ -183,7 +188,7 @@ fn numbers_of_sequences(asked: &[usize], batch: usize) -> BTreeSet<usize> {
     asked.iter().copied().chain([1]).collect()
 }
 
-fn load(plan: &Plan, weight_bytes: u64, time: Duration, to_first_token_s: f64) -> Load {
+fn load(plan: &Plan, weight_bytes: u64, [time, ready]: [Duration; 2], to_first_token_s: f64) -> Load {
     let holds = plan.devices.iter().filter(|planned| matches!(planned.device, Device::Gpu(_)));
     let copied: Vec<u64> = holds.map(|planned| planned.weight_bytes).filter(|bytes| *bytes > 0).collect();
     Load {
@@ -191,6 +196,7 @@ fn load(plan: &Plan, weight_bytes: u64, time: Duration, to_first_token_s: f64) -
         weight_bytes,
         copied_bytes: copied.iter().sum(),
         num_links: copied.len(),
+        ready_s: ready.as_secs_f64(),
         to_first_token_s,
     }
 }
@@ -203,12 +209,13 @@ fn prompt(spec: &ModelSpec, args: &BenchArgs) -> TokenLayout {
     TokenLayout::new(spec, !args.text_only, &text)
 }
 
-/// Answers the prompt `sequences` times, all at once.
+/// Answers the prompt `sequences` times, all at once. Of several, all prompts are computed first, then all answers from
+/// what was kept of these, then both beside each other.
 fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs, sequences: usize) -> CliResult<Run> {
     let vision = &session.engine.spec().vision;
     let num_values = vision.num_channels * vision.image_size * vision.image_size;
     let image = Image { pixels: (0..num_values).map(|index| (index % 509) as f32 / 254.5 - 1.0).collect() };
-    let request = |_| Request {
+    let request = |prefix: Option<CachedPrefix>| Request {
         layout: layout.clone(),
         image: (!args.text_only).then(|| image.clone()),
         params: SamplingParams::default(),
@@ -217,11 +224,29 @@ fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs, seq
         forced: None,
         want_logits: false,
         capture: false,
-        prefix: None,
+        prefix,
         keep_cache: false,
     };
-    // Made before the clock starts: copies of an image take a while.
-    let requests: Vec<Request> = (0..sequences).map(request).collect();
+    let together = (0..sequences).map(|_| request(None)).collect();
+    if sequences == 1 {
+        return Ok(pass(session, together)?.run);
+    }
+    let prompt = |_| Request { max_new_tokens: 1, keep_cache: true, ..request(None) };
+    let Pass { run: prompts, prefixes } = pass(session, (0..sequences).map(prompt).collect())?;
+    let answers = pass(session, prefixes.into_iter().map(|prefix| request(Some(prefix))).collect())?.run;
+    let together = pass(session, together)?.run;
+    Ok(Run { decode: answers.decode, gaps: together.gaps, ..prompts })
+}
+
+/// What came of requests that were all submitted at once.
+struct Pass {
+    run: Run,
+    /// What those have kept that were to.
+    prefixes: Vec<CachedPrefix>,
+}
+
+fn pass(session: &mut Session, requests: Vec<Request>) -> CliResult<Pass> {
+    let sequences = requests.len();
     let start = Instant::now();
     for request in requests {
         session.engine.submit(request)?;
@@ -234,6 +259,7 @@ fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs, seq
         decode: Decoding::default(),
     };
     let (mut num_begun, mut any_ended, mut all_steps) = (0, false, Decoding::default());
+    let mut prefixes = Vec::new();
     // When each had its last token, and whether prompts were still to be computed then.
     let mut last_tokens: HashMap<RequestId, (Duration, bool)> = HashMap::new();
     while let Some(report) = session.engine.step()? {
@@ -264,11 +290,12 @@ fn repetition(session: &mut Session, layout: &TokenLayout, args: &BenchArgs, seq
             }
         }
         any_ended |= num_tokens < report.events.len();
+        prefixes.extend(report.events.into_iter().filter_map(kept_of));
     }
     if run.decode.num_tokens == 0 {
         run.decode = all_steps;
     }
-    Ok(run)
+    Ok(Pass { run, prefixes })
 }
 
 /// Whose token it is that an event tells.
@@ -276,6 +303,14 @@ fn token_of(event: &Event) -> Option<RequestId> {
     match event {
         Event::Token { request, .. } => Some(*request),
         Event::Finished { .. } => None,
+    }
+}
+
+/// The KV cache that an event hands out.
+fn kept_of(event: Event) -> Option<CachedPrefix> {
+    match event {
+        Event::Token { .. } => None,
+        Event::Finished { prefix, .. } => prefix,
     }
 }
 

@@ -49,6 +49,8 @@ pub(super) struct Load {
     pub(super) copied_bytes: u64,
     /// Numbered devices that hold weights. Each loads by a thread and a link of its own.
     pub(super) num_links: usize,
+    /// Time to get ready for many prompts, after the first one.
+    pub(super) ready_s: f64,
     /// From the start of the command to the first token of the first request, before which nothing has run.
     pub(super) to_first_token_s: f64,
 }
@@ -68,7 +70,7 @@ impl Load {
         json!({
             "ms": self.seconds * 1e3, "weight_bytes": self.weight_bytes, "copied_bytes": self.copied_bytes,
             "bytes_per_s": self.bytes_per_s(), "share_of_ceiling": self.share_of_links(ceilings),
-            "to_first_token_ms": self.to_first_token_s * 1e3,
+            "to_first_token_ms": self.to_first_token_s * 1e3, "ready_ms": self.ready_s * 1e3,
         })
     }
 
@@ -79,9 +81,15 @@ impl Load {
         });
         let (ms, first) = (self.seconds * 1e3, self.to_first_token_s * 1e3);
         let weights = format_bytes(self.weight_bytes);
+        let ready = if self.ready_s < 0.01 {
+            String::new()
+        } else {
+            let ms = self.ready_s * 1e3;
+            format!("\n  ready     {ms:9.1} ms   after it, to register what many prompts are streamed from")
+        };
         format!(
             "  load      {ms:9.1} ms   {weights} of weights{copied}\n  cold start{first:9.1} ms   from the command to \
-             its first token, of one sequence"
+             its first token, of one sequence{ready}"
         )
     }
 }
@@ -121,6 +129,18 @@ impl Gaps {
 }
 
 impl Decode {
+    fn prompts_per_s(&self) -> f64 {
+        self.sequences as f64 / self.prefill_s
+    }
+
+    /// How fast prompts are computed that wait in a row.
+    fn prompts_text(&self) -> Option<String> {
+        let (sequences, milliseconds, rate) = (self.sequences, self.prefill_s * 1e3, self.prompts_per_s());
+        (sequences > 1).then(|| {
+            format!("  prompts{sequences:>3} {milliseconds:9.1} ms {rate:10.1} prompts/s   for the first token of all")
+        })
+    }
+
     fn tokens_per_s(&self) -> f64 {
         self.sequences as f64 / self.step_s
     }
@@ -138,6 +158,7 @@ impl Decode {
             "sequences": self.sequences, "ms_per_step": self.step_s * 1e3, "tokens_per_s": self.tokens_per_s(),
             "bytes_per_s": self.bytes_per_s(), "share_of_ceiling": self.share(ceilings),
             "speedup": self.tokens_per_s() / first.tokens_per_s(), "prefill_ms": self.prefill_s * 1e3,
+            "prompts_per_s": self.prompts_per_s(),
             "gaps_beside_prompts": self.gaps.as_ref().map(Gaps::json),
         })
     }
@@ -295,6 +316,7 @@ impl Report {
         lines.extend(self.decode.iter().zip(&self.predicted.decode_s).map(|(decode, &step_s)| {
             decode.text(&self.decode[0], ceilings) + &self.predicted.beside_decode(decode, step_s)
         }));
+        lines.extend(self.decode.iter().filter_map(Decode::prompts_text));
         lines.extend(self.decode.iter().filter_map(|decode| Some(decode.gaps.as_ref()?.text(decode.sequences))));
         lines.extend(ceilings.map(Ceilings::text));
         if !self.predicted.rates.is_empty() {
@@ -352,6 +374,7 @@ mod tests {
             weight_bytes: 60_000_000_000,
             copied_bytes: 50_000_000_000,
             num_links: 2,
+            ready_s: 0.5,
             to_first_token_s: 2.5,
         };
         Report {

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use cogvlm_cluster::end_process;
+
 /// Set once the user wants the program to end.
 pub(crate) static CANCELLED: AtomicBool = AtomicBool::new(false);
 
@@ -86,7 +88,7 @@ fn remove_partial() {
     }
 }
 
-#[expect(clippy::exit, reason = "the main thread may be deep in a computation that nothing else ends in time")]
+/// The main thread may be deep in a computation that nothing else ends in time, and libraries with it.
 fn end(code: i32) -> ! {
-    std::process::exit(code)
+    end_process(code)
 }

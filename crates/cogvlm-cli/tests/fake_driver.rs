@@ -305,7 +305,7 @@ fn plans_are_made_for_the_gpus_that_there_are() {
         assert_eq!(reserved(broken.path(), &given), [("0".to_owned(), 600), ("1".to_owned(), 600)]);
         // NCCL may join GPUs of several processes, and takes memory beside the arena.
         let joined = ["--backend", backend, "--max-memory", "0:20GiB,1/0:24GiB"];
-        assert_eq!(reserved(broken.path(), &joined), [("0".to_owned(), 1112), ("1/0".to_owned(), 1112)]);
+        assert_eq!(reserved(broken.path(), &joined), [("0".to_owned(), 1240), ("1/0".to_owned(), 1240)]);
         let by_tcp = [&joined[..], &["--transport", "tcp"]].concat();
         assert_eq!(reserved(broken.path(), &by_tcp), [("0".to_owned(), 600), ("1/0".to_owned(), 600)]);
     }

@@ -12,6 +12,8 @@ mod addresses;
 pub mod control;
 pub mod data;
 mod error;
+#[expect(unsafe_code, reason = "declares a function of the C library")]
+mod exit;
 mod frame;
 mod link;
 pub mod membership;
@@ -23,6 +25,7 @@ mod watch;
 pub use control::{Control, Message};
 pub use data::{TcpWire, Wire};
 pub use error::{Cause, ClusterError, ConfigDifference, Failure};
+pub use exit::end_process;
 pub use membership::{Explicit, Launcher, Membership, MembershipError, membership};
 pub use rendezvous::{Cluster, Config, Member, Options, join};
 pub use watch::{Abort, Watch};

@@ -413,8 +413,8 @@ struct Inner {
     comm: Mutex<Handle>,
     /// An operation failed: it cannot be ended in order any more.
     is_broken: AtomicBool,
-    /// Whether an abort is under way.
-    aborting: Arc<(Mutex<bool>, Condvar)>,
+    /// Whether NCCL is at work ending it.
+    ending: Arc<(Mutex<bool>, Condvar)>,
 }
 
 /// The communicator; null once it is closed.
@@ -425,25 +425,8 @@ unsafe impl Send for Handle {}
 
 impl Abort for Inner {
     fn abort(&self) {
-        // Calls do not block, so the lock is free soon; ending what runs on the GPU may take longer than anyone here
-        // may wait. There is no thread to be had where the system has none, and then the process's end is what ends it.
-        let comm = std::mem::replace(&mut *lock(&self.comm), Handle(std::ptr::null_mut()));
-        if comm.0.is_null() {
-            return;
-        }
-        let (nccl, aborting) = (Arc::clone(&self.nccl), Arc::clone(&self.aborting));
-        *lock(&aborting.0) = true;
-        let end = move || {
-            let comm = comm;
-            // SAFETY: the communicator was open, and nobody else has it any more.
-            let result = unsafe { (nccl.functions.comm_abort)(comm.0) };
-            tracing::debug!(result, "aborted a communicator");
-            *lock(&aborting.0) = false;
-            aborting.1.notify_all();
-        };
-        if std::thread::Builder::new().name("nccl-abort".to_owned()).spawn(end).is_err() {
-            *lock(&self.aborting.0) = false;
-        }
+        // Calls do not block, so the lock is free soon.
+        self.end(self.nccl.functions.comm_abort, "ncclCommAbort");
     }
 }
 
@@ -493,9 +476,9 @@ impl Communicator {
         let result = unsafe {
             (nccl.functions.comm_init_rank_config)(&raw mut comm, size as c_int, id, rank as c_int, &raw mut config)
         };
-        let (comm, aborting) = (Mutex::new(Handle(comm)), Arc::default());
+        let (comm, ending) = (Mutex::new(Handle(comm)), Arc::default());
         let (nccl_of, watch_of, is_broken) = (Arc::clone(nccl), Arc::clone(watch), AtomicBool::new(false));
-        let inner = Inner { nccl: nccl_of, rank, size, timeout, watch: watch_of, comm, is_broken, aborting };
+        let inner = Inner { nccl: nccl_of, rank, size, timeout, watch: watch_of, comm, is_broken, ending };
         let communicator = Self { inner: Arc::new(inner) };
         let inner = &communicator.inner;
         if let Err(error) = nccl.check(CALL, result, None, rank, size) {
@@ -580,8 +563,8 @@ impl Communicator {
         self.inner.noted(self.inner.poll("ncclCommGetAsyncError").map(|_| ()))
     }
 
-    /// Ends the communicator: in order where nothing failed and what was enqueued ends within 2 s, else by aborting it.
-    /// Whatever the stream still waits for is released, and every later call is an error.
+    /// Ends the communicator: in order where nothing failed and what was enqueued ends within 2 s, else by aborting it. In
+    /// order, NCCL waits for the other end to do the same: two processes end those that they share in one order. Whatever the stream still waits for is released, and every later call is an error.
     pub fn close(&self) {
         let inner = &self.inner;
         let is_whole = inner.watch.failure().is_none() && !inner.is_broken.load(Ordering::SeqCst);
@@ -589,11 +572,14 @@ impl Communicator {
         if !in_order {
             inner.abort();
         }
-        // The library must not be at work any more when the process ends.
+        // The library should not be at work any more when the process ends.
         let deadline = Instant::now() + FINISH;
-        let mut is_aborting = lock(&inner.aborting.0);
-        while *is_aborting && Instant::now() < deadline {
-            is_aborting = wait(&inner.aborting.1, is_aborting, FINISH);
+        let mut is_ending = lock(&inner.ending.0);
+        while *is_ending && Instant::now() < deadline {
+            is_ending = wait(&inner.ending.1, is_ending, FINISH);
+        }
+        if *is_ending {
+            tracing::warn!(rank = inner.rank, "NCCL did not end a communicator within {} s", FINISH.as_secs());
         }
     }
 }
@@ -654,13 +640,32 @@ impl Inner {
         self.nccl.check(CALL, result, Some(handle.0), self.rank, self.size)?;
         drop(handle);
         self.wait_for(CALL, FINISH)?;
-        let handle = std::mem::replace(&mut *lock(&self.comm), Handle(std::ptr::null_mut()));
-        if !handle.0.is_null() {
-            // SAFETY: nobody else has it any more, and it has nothing left to do.
-            let result = unsafe { (self.nccl.functions.comm_destroy)(handle.0) };
-            self.nccl.check("ncclCommDestroy", result, None, self.rank, self.size)?;
-        }
+        self.end(self.nccl.functions.comm_destroy, "ncclCommDestroy");
         Ok(())
+    }
+
+    /// Has `function` end the communicator, on a thread of its own: it waits for threads of NCCL, and these for the other
+    /// end, longer than anyone here may wait. There is no thread to be had where the system has none, and then the
+    /// process's end is what ends it.
+    fn end(&self, function: unsafe extern "C" fn(Comm) -> c_int, call: &'static str) {
+        let comm = std::mem::replace(&mut *lock(&self.comm), Handle(std::ptr::null_mut()));
+        if comm.0.is_null() {
+            return;
+        }
+        // The library stays loaded while it is at work.
+        let (nccl, ending) = (Arc::clone(&self.nccl), Arc::clone(&self.ending));
+        *lock(&ending.0) = true;
+        let end = move || {
+            let (comm, _nccl) = (comm, nccl);
+            // SAFETY: the communicator was open, and nobody else has it any more.
+            let result = unsafe { function(comm.0) };
+            tracing::debug!(result, call, "ended a communicator");
+            *lock(&ending.0) = false;
+            ending.1.notify_all();
+        };
+        if std::thread::Builder::new().name("nccl-end".to_owned()).spawn(end).is_err() {
+            *lock(&self.ending.0) = false;
+        }
     }
 }
 

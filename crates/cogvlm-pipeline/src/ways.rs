@@ -5,7 +5,7 @@
 //! accepts, both open their end, and each tells how that went. All processes take their pairs in the same order, so that
 //! nobody waits for one that waits for another.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cogvlm_backend::{Backend, DeviceChannel};
@@ -76,8 +76,9 @@ pub enum Carrier {
     Tcp(String),
 }
 
-/// Open channels, by the indices of the ranks that send and receive.
-pub(crate) type Channels<B> = HashMap<(usize, usize), Arc<dyn DeviceChannel<B>>>;
+/// Open channels, by the indices of the ranks that send and receive. In this order they are closed: each end may wait for
+/// the other, which must not be waiting at another one meanwhile.
+pub(crate) type Channels<B> = BTreeMap<(usize, usize), Arc<dyn DeviceChannel<B>>>;
 
 /// A [`Way`], by the indices of its ranks.
 pub(crate) type KnownWay = (usize, usize, Carrier);

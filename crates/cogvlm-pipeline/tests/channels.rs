@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,7 @@ use cogvlm_pipeline::{
 };
 use cogvlm_plan::plan::{DevicePlan, Plan, Policy};
 
-use common::{MIB, answers, engine, image, plan_for, request, source};
+use common::{MIB, answers, engine, image, plan_for, plan_request, request, source};
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -47,6 +47,11 @@ struct Fabric {
     num_invited: AtomicUsize,
     num_sent: AtomicUsize,
     num_closed: AtomicUsize,
+    /// Ends of each channel that are open, and of these how many are being closed or are closed.
+    ends: Mutex<HashMap<Vec<u8>, [usize; 2]>>,
+    end_closes: Condvar,
+    /// Ends that waited for the other one in vain.
+    num_stuck: AtomicUsize,
     /// The channels are broken from now on.
     is_broken: AtomicBool,
 }
@@ -60,6 +65,7 @@ enum End {
 }
 
 struct QueueChannel {
+    invitation: Vec<u8>,
     end: End,
     fabric: Arc<Fabric>,
     is_closed: AtomicBool,
@@ -77,6 +83,9 @@ impl Fabric {
             num_invited: AtomicUsize::new(0),
             num_sent: AtomicUsize::new(0),
             num_closed: AtomicUsize::new(0),
+            ends: Mutex::default(),
+            end_closes: Condvar::new(),
+            num_stuck: AtomicUsize::new(0),
             is_broken: AtomicBool::new(false),
         })
     }
@@ -114,7 +123,9 @@ impl OpenChannels<CpuBackend> for Opener {
             true => End::Sender(Mutex::new(sender.take().expect("one end sends"))),
             false => End::Receiver(Mutex::new(receiver.take().expect("one end receives"))),
         };
-        Ok(Arc::new(QueueChannel { end, fabric: Arc::clone(&self.0), is_closed: AtomicBool::new(false) }))
+        self.0.ends.lock().unwrap().entry(invitation.to_vec()).or_default()[0] += 1;
+        let (invitation, is_closed) = (invitation.to_vec(), AtomicBool::new(false));
+        Ok(Arc::new(QueueChannel { invitation, end, fabric: Arc::clone(&self.0), is_closed }))
     }
 }
 
@@ -142,22 +153,42 @@ impl DeviceChannel<CpuBackend> for QueueChannel {
         if self.fabric.is_broken.load(Ordering::SeqCst) { Err(error("the queue is on fire")) } else { Ok(()) }
     }
 
+    /// Waits for the other end to be closed, as NCCL does.
     fn close(&self) {
-        if !self.is_closed.swap(true, Ordering::SeqCst) {
-            self.fabric.num_closed.fetch_add(1, Ordering::SeqCst);
+        if self.is_closed.swap(true, Ordering::SeqCst) {
+            return;
         }
+        self.fabric.num_closed.fetch_add(1, Ordering::SeqCst);
+        let mut ends = self.fabric.ends.lock().unwrap();
+        ends.get_mut(&self.invitation).expect("it was opened")[1] += 1;
+        self.fabric.end_closes.notify_all();
+        let is_alone = |ends: &mut HashMap<Vec<u8>, [usize; 2]>| {
+            let [opened, closing] = ends[&self.invitation];
+            closing < opened && !self.fabric.is_broken.load(Ordering::SeqCst)
+        };
+        let waited = self.fabric.end_closes.wait_timeout_while(ends, Duration::from_secs(2), is_alone).unwrap().1;
+        self.fabric.num_stuck.fetch_add(usize::from(waited.timed_out()), Ordering::SeqCst);
     }
 }
 
 /// Stages in three processes, the first and the last in process 0.
 fn plan_of_three() -> Plan {
-    let device = |text: &str| Device::parse(text).unwrap();
+    let device = |name: &str| Device::parse(name).unwrap();
     let budgets = [(device("2/0"), 14 * MIB), (device("0/0"), 14 * MIB), (device("1/0"), 14 * MIB)];
-    let plan = plan_for(&source(), &budgets, Policy::Throughput, StepLimits::new(64, 3), DType::Bf16);
-    let processes: std::collections::BTreeSet<usize> = plan.stages.iter().map(|stage| stage.device.process()).collect();
-    assert_eq!(processes.len(), 3, "every process has a stage");
+    let request = plan_request(&source(), &budgets, Policy::Auto, StepLimits::new(64, 3), DType::Bf16);
+    // Back and forth, so that there are two channels between the same processes.
+    let map = r#"{
+        "model.vision": 0, "model.embed_tokens": 0, "model.layers.0": "1/0", "model.layers.1": 0,
+        "model.layers.2": "1/0", "model.layers.3": "2/0", "model.norm": "1/0", "lm_head": "1/0"
+    }"#;
+    let plan = Plan::from_hugging_face(map, &request).unwrap_or_else(|error| panic!("{error}"));
+    let stages: Vec<String> = plan.stages.iter().map(|stage| stage.device.to_string()).collect();
+    assert_eq!(stages, ["0", "1/0", "0", "1/0", "2/0", "1/0"]);
     plan
 }
+
+/// Pairs of ranks between which rows cross in [`plan_of_three`].
+const NUM_CROSSINGS: usize = 4;
 
 fn requests() -> Vec<Request> {
     let source = source();
@@ -227,7 +258,6 @@ fn rows_go_by_channels_where_both_ends_have_them_and_keep_their_bits() {
     let plan = plan_of_three();
     let alone = plan_for(&source(), &[(Device::Gpu(0), 64 * MIB)], Policy::Auto, plan.limits, DType::Bf16);
     let expected = answers(&mut engine(&source(), &alone, DType::Bf16, 1), requests());
-    let num_crossings = plan.stages.len() - 1;
     for (fault, transport, with_opener, reason) in [
         (Nowhere, Transport::Auto, [true; 3], None),
         (Nowhere, Transport::Channels, [true; 3], None),
@@ -242,7 +272,7 @@ fn rows_go_by_channels_where_both_ends_have_them_and_keep_their_bits() {
         let fabric = Fabric::new(fault);
         let Run { zero, others } = Run::start(&plan, &fabric, transport, with_opener);
         let ranks = zero.unwrap_or_else(|error| panic!("{name}: {error}"));
-        assert_eq!(ranks.ways().len(), num_crossings, "{name}");
+        assert_eq!(ranks.ways().len(), NUM_CROSSINGS, "{name}");
         for way in ranks.ways() {
             assert_ne!(way.from.process(), way.to.process(), "{name}");
             match (&way.carrier, reason) {
@@ -258,7 +288,8 @@ fn rows_go_by_channels_where_both_ends_have_them_and_keep_their_bits() {
         drop(engine);
         assert_eq!(Run::end(others), [Ok(()), Ok(())], "{name}");
         if reason.is_none() {
-            assert_eq!(fabric.num_closed.load(Ordering::SeqCst), 2 * num_crossings, "{name}: both ends are closed");
+            assert_eq!(fabric.num_closed.load(Ordering::SeqCst), 2 * NUM_CROSSINGS, "{name}: both ends are closed");
+            assert_eq!(fabric.num_stuck.load(Ordering::SeqCst), 0, "{name}: ends wait for each other");
         }
     }
 }

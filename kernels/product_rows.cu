@@ -12,6 +12,8 @@
 // tile while one is finished. As blocks end, those of the next kernel start in their places and load their first
 // weights while this one ends (`wait_for_previous`).
 //
+// A device's part of a product is also told to those that compute the layer with it, sum by sum (include/exchange.cuh).
+//
 // launch   grid = min(tiles, 2 * multiprocessors), block = 256       wrapper  cogvlm-cuda ops::product_rows
 // oracle   oracle::{expert_linear, linear, gate_up, qkv_rope_append}
 // spills allowed: product_rows_qkv_16 120 8 one value, on a GPU that it is not tuned for

@@ -97,7 +97,8 @@ pub(crate) fn plan_reserving(request: &PlanRequest, members: &[Device], reserve_
 /// Where every tensor rests: on the members, as far as each has `room` for its part. What is read for every token and
 /// everything small stays; of the layers' weights that only images need, those that come first, so that the copies of
 /// the others hide behind computing. These rest in host memory, else in the file, and each member is streamed its part.
-/// Where even that does not fit, everything stays, for others to refuse.
+/// Where even that does not fit, all of these rest off the cards, or everything stays if there is no such place, for
+/// others to refuse.
 fn residency(sizes: &Sizes, of_members: &[Sizes], room: &[u64], budgets: &[DeviceBudget]) -> Vec<Residency> {
     let all_resident = vec![Residency::Device; sizes.inventory.len()];
     let (vision, text) = (0..sizes.num_vision, sizes.num_vision..sizes.units.len());
@@ -108,10 +109,19 @@ fn residency(sizes: &Sizes, of_members: &[Sizes], room: &[u64], budgets: &[Devic
         let vision_ends = sizes.cold_bytes(&vision) - sizes.cold_bytes(&sizes.vit_layers_in(&vision));
         weights + vision_ends + sizes.kv_bytes(&text) + sizes.workspace_bytes(&vision, &text)
     };
+    let bytes_of = |device: Device| budgets.iter().find(|budget| budget.device == device).map(|budget| budget.bytes);
+    let (host, in_file) = (bytes_of(Device::Cpu), bytes_of(Device::Disk).is_some());
+    let off_cards = host.map(|_| Residency::Host).or(in_file.then_some(Residency::File));
+    let all_streamed = || {
+        let mut residency = all_resident.clone();
+        let tensors = cold().flat_map(|group| &sizes.groups[group].tensors);
+        tensors.for_each(|&tensor| residency[tensor] = off_cards.unwrap_or(Residency::Device));
+        residency
+    };
     let left = |(sizes, room): (&Sizes, &u64)| room.checked_sub(fixed(sizes));
-    let Some(left) = of_members.iter().zip(room).map(left).collect::<Option<Vec<u64>>>() else { return all_resident };
+    let Some(left) = of_members.iter().zip(room).map(left).collect::<Option<Vec<u64>>>() else { return all_streamed() };
     let cold_bytes = |sizes: &Sizes| cold().map(|group| sizes.groups[group].bytes).sum::<u64>();
-    if of_members.iter().zip(&left).all(|(sizes, left)| cold_bytes(sizes) <= *left) {
+    if of_members.iter().zip(&left).all(|(sizes, left)| cold_bytes(sizes) <= *left) || off_cards.is_none() {
         return all_resident;
     }
     let slot = |groups: &mut dyn Iterator<Item = usize>| {
@@ -128,11 +138,10 @@ fn residency(sizes: &Sizes, of_members: &[Sizes], room: &[u64], budgets: &[Devic
         Some(left) => (experts().collect(), left),
         None => match with_ring(slot(&mut cold()), &|_| 0) {
             Some(left) => (cold().collect(), left),
-            None => return all_resident,
+            None => return all_streamed(),
         },
     };
-    let bytes_of = |device: Device| budgets.iter().find(|budget| budget.device == device).map(|budget| budget.bytes);
-    let (mut host, in_file) = (bytes_of(Device::Cpu).unwrap_or(0), bytes_of(Device::Disk).is_some());
+    let mut host = host.unwrap_or(0);
     let (mut residency, mut left) = (all_resident.clone(), left);
     for index in candidates {
         let part = |member: usize| of_members[member].groups[index].bytes;
@@ -145,7 +154,8 @@ fn residency(sizes: &Sizes, of_members: &[Sizes], room: &[u64], budgets: &[Devic
         } else if in_file {
             Residency::File
         } else {
-            return all_resident;
+            // More than the host has room for.
+            Residency::Host
         };
         sizes.groups[index].tensors.iter().for_each(|&tensor| residency[tensor] = rests);
     }
@@ -430,9 +440,15 @@ mod tests {
                 .iter()
                 .map(|budget| DeviceBudget { bytes: budget.bytes.min(7 * GIB), ..*budget })
                 .collect(),
-            ..small
+            ..small.clone()
         };
-        assert!(plan_tensor_parallel(&too_small, 2).is_err());
+        // What is said to be missing is what is missing where all is streamed that can be: two GPUs of 10 GiB do.
+        let error = plan_tensor_parallel(&too_small, 2).unwrap_err();
+        let PlanError::OverBudget { device: Device::Gpu(0), used_bytes, .. } = error else { panic!("{error}") };
+        assert!(used_bytes > 8 * GIB && used_bytes < 10 * GIB, "{error}");
+        let in_host = PlanRequest { budgets: vec![small.budgets[0], small.budgets[1], host(1)], ..small.clone() };
+        let error = plan_tensor_parallel(&in_host, 2).unwrap_err();
+        assert!(matches!(error, PlanError::OverBudget { device: Device::Cpu, .. }), "{error}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Runs over several processes: which one this is, and meeting the others.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use cogvlm_backend::DeviceChannel;
@@ -17,6 +18,14 @@ use crate::args::{ModelArgs, TransportArg};
 use crate::error::{CliError, CliResult};
 use crate::output::note;
 use crate::session::RankBackend;
+
+/// Set once other processes have been met.
+static HAS_MET: AtomicBool = AtomicBool::new(false);
+
+/// Whether this process has met others of its run.
+pub(crate) fn has_met() -> bool {
+    HAS_MET.load(Ordering::Relaxed)
+}
 
 /// Meets the other processes of the run, where `plan` names devices of theirs; `None` where it does not. `on_gpus` says
 /// whether numbered devices are GPUs.
@@ -56,6 +65,7 @@ pub(crate) fn meet(args: &ModelArgs, plan: &Plan, on_gpus: bool) -> CliResult<Op
         .with("--transport", format!("{transport:?}"));
     let options = Options::from_variables(&variables).map_err(cluster_error)?;
     let cluster = join(&membership, &options, &config, &|line| note(line)).map_err(cluster_error)?;
+    HAS_MET.store(true, Ordering::Relaxed);
     let processes = Processes::connect(cluster).map_err(cluster_error)?;
     let opener = on_gpus.then(|| Box::new(NcclChannels::default()) as Box<dyn OpenChannels<RankBackend>>);
     Ok(Some(processes.with_channels(transport.into(), opener)))

@@ -28,18 +28,24 @@ fn main() -> ExitCode {
     drop(cogvlm_cluster::nccl::prepare_environment());
     let cli = Cli::parse();
     interrupt::install();
-    match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+    let code = match run(cli) {
+        Ok(()) => 0,
         Err(_) if interrupt::requested() => {
             output::note("interrupted");
-            ExitCode::from(interrupt::EXIT_CODE)
+            interrupt::EXIT_CODE
         }
         Err(error) => {
             // Nothing can be done where even stderr is closed.
             drop(std::io::stderr().write_all(error.render().as_bytes()));
-            ExitCode::from(error.exit_code())
+            error.exit_code()
         }
+    };
+    if cluster::has_met() {
+        // Threads of NCCL may still wait for other processes.
+        drop(std::io::stdout().flush());
+        cogvlm_cluster::end_process(code.into());
     }
+    ExitCode::from(code)
 }
 
 fn run(cli: Cli) -> CliResult {

@@ -4,7 +4,7 @@
 mod common;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cogvlm_backend::{HostReadError, HostTensor, HostWeight};
@@ -48,8 +48,15 @@ fn requests(source: &ModelSource) -> Vec<Request> {
     ]
 }
 
+/// One test at a time: what one of them sees of ranks would be of all that run.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[test]
 fn logits_do_not_depend_on_who_prefills() {
+    let _alone = alone();
     let source = source();
     for activations in [DType::F32, DType::Bf16] {
         let alone = plan_for(&source, &[(Device::Gpu(0), 64 * MIB)], Policy::Auto, LIMITS, activations);
@@ -75,6 +82,7 @@ fn logits_do_not_depend_on_who_prefills() {
 /// A conversation goes on where the cache lies: what the card wrote there, what the host did.
 #[test]
 fn turns_of_a_conversation_find_what_either_wrote() {
+    let _alone = alone();
     let source = source();
     let conversation = |plan: &Plan| {
         let mut engine = engine(&source, plan, DType::F32, 2);
@@ -166,6 +174,7 @@ impl HostTensor for SlowTensor {
 /// Blocks of a request that was stopped go to one that a card prefills, while the host still decodes the first.
 #[test]
 fn blocks_that_change_hands_are_written_in_order() {
+    let _alone = alone();
     let source = source();
     let is_slow = Arc::new(AtomicBool::new(false));
     let plan = from_rows(&prefilled_plans(&source, DType::F32)[0], 10);
@@ -237,6 +246,7 @@ impl Stages {
 
 #[test]
 fn prompts_are_the_cards_and_decoding_is_the_hosts() {
+    let _alone = alone();
     let stages = Stages::default();
     tracing::subscriber::set_global_default(stages.clone()).expect("no other test of this process sets one");
     let source = source();

@@ -113,11 +113,11 @@ impl Backend for CpuBackend {
     }
 
     fn load(&self, weight: &HostWeight) -> Result<CpuWeight, BackendError> {
-        CpuWeight::load(&self.arena, &self.threads, weight)
+        CpuWeight::load(&self.arena, weight)
     }
 
     fn attach(&self, weight: &HostWeight) -> Result<CpuWeight, BackendError> {
-        CpuWeight::attach(&self.arena, &self.threads, weight)
+        CpuWeight::attach(&self.arena, weight)
     }
 
     fn staging(&self, num_slots: usize, slot_bytes: usize) -> Result<CpuRing, BackendError> {

@@ -1,7 +1,7 @@
 //! Weights, wherever their bytes lie.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use cogvlm_backend::{Arena, BackendError, HostTensor, HostWeight};
 use cogvlm_core::DType;
@@ -10,10 +10,6 @@ use half::{bf16, f16};
 use crate::element::Element;
 use crate::memory::Memory;
 use crate::shape::{expect, unsupported};
-use crate::threads::Threads;
-
-/// Pieces in which threads copy a weight.
-const COPY_BYTES: usize = 4 << 20;
 
 /// A weight that operations read where it lies: in the mapped file, in the device's memory, or in a staging slot.
 #[derive(Clone)]
@@ -32,30 +28,23 @@ enum Storage {
 }
 
 impl CpuWeight {
-    /// Copies `weight` into memory of `arena`, on `threads`.
-    pub(crate) fn load(arena: &Arena, threads: &Threads, weight: &HostWeight) -> Result<Self, BackendError> {
+    /// Copies `weight` into memory of `arena`.
+    pub(crate) fn load(arena: &Arena, weight: &HostWeight) -> Result<Self, BackendError> {
         let mut memory = Memory::take(arena, weight.name(), host_bytes("load", &**weight)?)?;
         let destination = memory.slice_mut::<u8>();
         match weight.mapped() {
-            Some(bytes) => {
-                let pieces = destination.chunks_mut(COPY_BYTES).map(Mutex::new).collect::<Vec<_>>();
-                threads.for_each(pieces.len(), |index| {
-                    let mut piece = pieces[index].lock().unwrap_or_else(PoisonError::into_inner);
-                    let first = index * COPY_BYTES;
-                    let length = piece.len();
-                    piece.copy_from_slice(&bytes[first..first + length]);
-                });
-            }
+            // Weights are loaded by several threads at a time.
+            Some(bytes) => destination.copy_from_slice(bytes),
             None => weight.read_into(destination)?,
         }
         Ok(Self::new(weight.dtype(), weight.shape().to_vec(), Storage::Owned(memory)))
     }
 
     /// Uses `weight` where it is mapped; one that has to be made is made into memory of `arena`.
-    pub(crate) fn attach(arena: &Arena, threads: &Threads, weight: &HostWeight) -> Result<Self, BackendError> {
+    pub(crate) fn attach(arena: &Arena, weight: &HostWeight) -> Result<Self, BackendError> {
         host_bytes("attach", &**weight)?;
         if weight.mapped().is_none() {
-            return Self::load(arena, threads, weight);
+            return Self::load(arena, weight);
         }
         Ok(Self::new(weight.dtype(), weight.shape().to_vec(), Storage::Mapped(Arc::clone(weight))))
     }

@@ -61,14 +61,18 @@ struct Side {
     gpu: Arc<Gpu>,
 }
 
+/// Bytes of a member's inbox.
+fn inbox_bytes(inbox_words: usize, num_members: usize) -> usize {
+    NUM_EXCHANGES * num_members * inbox_words * size_of::<u64>()
+}
+
 impl Side {
     fn new(member: &CudaBackend, shape: [usize; 2], num_members: usize) -> Result<Self, BackendError> {
         let sums = || member.alloc("sums of the group", DType::F32, shape);
         let gpu = Arc::clone(&member.gpu);
         let words = Allocation::new(&gpu, "flags of the group", NUM_WORDS * size_of::<u32>())?;
         let inbox_words = shape[0].min(product_rows::MAX_ROWS) * shape[1];
-        let inbox_bytes = NUM_EXCHANGES * num_members * inbox_words * size_of::<u64>();
-        let inbox = Allocation::new(&gpu, "sums from the group", inbox_bytes)?;
+        let inbox = Allocation::new(&gpu, "sums from the group", inbox_bytes(inbox_words, num_members))?;
         let mut failure = Pinned::new(&gpu, size_of::<u32>())?;
         failure.slice_mut().fill(0);
         let side = Self { sums: [sums()?, sums()?], words, inbox, inbox_words, failure, gpu };
@@ -80,10 +84,9 @@ impl Side {
 
     /// Forgets what came, and begins to count at 1: 0 is what nobody has sent.
     fn begin_to_count(&self, num_members: usize) -> Result<(), BackendError> {
-        let inbox_bytes = NUM_EXCHANGES * num_members * self.inbox_words * size_of::<u64>();
         // SAFETY: the allocation has this length, and the words are part of theirs.
         unsafe {
-            self.gpu.zero(self.inbox.address, inbox_bytes)?;
+            self.gpu.zero(self.inbox.address, inbox_bytes(self.inbox_words, num_members))?;
             self.gpu.fill_words(self.word(NUMBERS), 1, NUM_EXCHANGES)
         }
     }

@@ -1,21 +1,24 @@
 //! GPUs that compute every layer together answer as one does, within what another order of summation may change: two of
 //! them where there are, else two members on one.
 
+mod common;
+
 use std::sync::Arc;
 
-use cogvlm_backend::{BackendError, RopeMode, SamplingParams};
+use cogvlm_backend::{BackendError, RopeMode};
 use cogvlm_checkpoint::{ModelSource, Monitor, SyntheticModel, write_checkpoint};
-use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, Phase};
 use cogvlm_cpu::{CpuBackend, Threads};
 use cogvlm_cuda::CudaBackend;
 use cogvlm_device::AnyBackend;
 use cogvlm_parallel::TensorParallel;
-use cogvlm_pipeline::{Engine, Event, Image, Request, load_plan};
+use cogvlm_pipeline::{Engine, Event, Request, load_plan};
 use cogvlm_plan::links::Links;
 use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy, TensorPlacement};
 use cogvlm_plan::{plan, plan_tensor_parallel};
+
+use common::{answers, answers_alone};
 
 type Group = TensorParallel<AnyBackend>;
 
@@ -57,51 +60,11 @@ fn engine(source: &ModelSource, plan: &Plan, num_gpus: Option<u32>) -> Engine<Gr
 
 /// Two prompts with an image, two without, one of which is answered at length: its steps are recorded and run again.
 fn requests(source: &ModelSource, longest: usize, forced: Option<&[Vec<u32>]>) -> Vec<Request> {
-    let size = source.spec().vision.image_size;
-    let image = |seed: usize| Image {
-        pixels: (0..3 * size * size).map(|index| ((index * 37 + seed) % 101) as f32 / 50.0 - 1.0).collect(),
-    };
-    let cases = [(5, Some(image(1)), 9), (40, None, longest), (0, Some(image(2)), 6), (17, None, 20)];
-    let request = |(index, (num_text, image, max_new_tokens)): (usize, (u32, Option<Image>, usize))| Request {
-        layout: TokenLayout::new(
-            source.spec(),
-            image.is_some(),
-            &(0..num_text).map(|index| index * 97 + 5).collect::<Vec<_>>(),
-        ),
-        image,
-        params: SamplingParams::default(),
-        max_new_tokens,
-        ignore_eos: true,
-        forced: forced.map(|tokens| tokens[index].clone()),
-        want_logits: forced.is_some(),
-        capture: false,
-        prefix: None,
-        keep_cache: false,
-    };
-    cases.into_iter().enumerate().map(request).collect()
-}
-
-/// Tokens of every request, and the logits of every token.
-fn answers(engine: &mut Engine<Group>, requests: Vec<Request>) -> (Vec<Vec<u32>>, Vec<Vec<Vec<f32>>>) {
-    let order: Vec<_> = requests.into_iter().map(|request| engine.submit(request).unwrap()).collect();
-    let (mut tokens, mut all_logits) = (vec![Vec::new(); order.len()], vec![Vec::new(); order.len()]);
-    while let Some(report) = engine.step().unwrap_or_else(|error| panic!("{error}")) {
-        for event in report.events {
-            if let Event::Token { request, id, logits } = event {
-                let index = order.iter().position(|known| *known == request).unwrap();
-                tokens[index].push(id);
-                all_logits[index].extend(logits);
-            }
-        }
-    }
-    (tokens, all_logits)
-}
-
-/// The same, one after the other: how many sequences are decoded together may change the last bits of long contexts.
-fn answers_alone(engine: &mut Engine<Group>, requests: Vec<Request>) -> (Vec<Vec<u32>>, Vec<Vec<Vec<f32>>>) {
-    let alone = requests.into_iter().map(|request| answers(engine, vec![request]));
-    let (tokens, logits): (Vec<_>, Vec<_>) = alone.unzip();
-    (tokens.concat(), logits.concat())
+    let cases = [(5, Some(1), 9), (40, None, longest), (0, Some(2), 6), (17, None, 20)];
+    let requests = common::requests(source, &cases, forced.is_some()).into_iter().enumerate();
+    let with_forced =
+        |(index, request): (usize, Request)| Request { forced: forced.map(|tokens| tokens[index].clone()), ..request };
+    requests.map(with_forced).collect()
 }
 
 /// Root mean square of the difference, relative to that of `expected`.

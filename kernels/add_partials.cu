@@ -65,6 +65,12 @@ __device__ __forceinline__ float4 load_sums(const float* p) {
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
     return v;
 }
+// Two that were computed here.
+__device__ __forceinline__ float2 load_two_sums(const float* p) {
+    float2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+    return v;
+}
 __device__ __forceinline__ u64 load_told(const u64* p) {
     u64 v;
     asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
@@ -116,11 +122,13 @@ __device__ __forceinline__ void meet(const Meeting& a) {
     if (threadIdx.x == 0) a.epochs[blockIdx.x] += 1;
 }
 
-// Lets the other slot have the next number; 0 is what memory begins with. Nobody reads that slot's number now.
+// Lets the other slot have the number after `number`; 0 is what memory begins with. Nobody reads that slot's number now.
+__device__ __forceinline__ void count_exchange(const Meeting& a, u32 number) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) *a.next_exchange = number + 1 == 0 ? 1 : number + 1;
+}
+// The same where nobody needs the number.
 __device__ __forceinline__ void count_exchange(const Meeting& a) {
-    if (blockIdx.x != 0 || threadIdx.x != 0) return;
-    const u32 number = load_word(a.exchange) + 1;
-    *a.next_exchange = number == 0 ? 1 : number;
+    if (blockIdx.x == 0 && threadIdx.x == 0) count_exchange(a, load_word(a.exchange));
 }
 
 // `sum` of all members onto `residual`.
@@ -128,29 +136,28 @@ template <class T> __device__ __forceinline__ float added(T residual, float sum)
     return rounded<T>(to_float(residual) + rounded<T>(sum));
 }
 
+// Two sums onto the residuals in `v`; gives their squares.
+__device__ __forceinline__ float add_two(u32& v, float2 sums) {
+    const u32 sum = pack_bf16(sums.x, sums.y);
+    v = pack_bf16(low_bf16(v) + low_bf16(sum), high_bf16(v) + high_bf16(sum));
+    return low_bf16(v) * low_bf16(v) + high_bf16(v) * high_bf16(v);
+}
+
+// Two elements of the norm.
+__device__ __forceinline__ u32 normed_two(u32 v, u32 w, float scale) {
+    return pack_bf16(low_bf16(w) * (low_bf16(v) * scale), high_bf16(w) * (high_bf16(v) * scale));
+}
+
 // Eight sums onto the residuals in `v`; gives their squares.
 __device__ __forceinline__ float add_eight(uint4& v, const float (&sums)[8]) {
-    u32 pairs[4] = {v.x, v.y, v.z, v.w};
-    float squares = 0.0f;
-#pragma unroll
-    for (u32 p = 0; p < 4; ++p) {
-        const u32 sum = pack_bf16(sums[2 * p], sums[2 * p + 1]);
-        pairs[p] = pack_bf16(low_bf16(pairs[p]) + low_bf16(sum), high_bf16(pairs[p]) + high_bf16(sum));
-        squares += low_bf16(pairs[p]) * low_bf16(pairs[p]) + high_bf16(pairs[p]) * high_bf16(pairs[p]);
-    }
-    v = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    return squares;
+    return add_two(v.x, make_float2(sums[0], sums[1])) + add_two(v.y, make_float2(sums[2], sums[3])) +
+           add_two(v.z, make_float2(sums[4], sums[5])) + add_two(v.w, make_float2(sums[6], sums[7]));
 }
 
 // Eight elements of the norm.
 __device__ __forceinline__ uint4 normed_eight(uint4 v, uint4 w, float scale) {
-    const u32 pairs[4] = {v.x, v.y, v.z, v.w}, weights[4] = {w.x, w.y, w.z, w.w};
-    u32 result[4];
-#pragma unroll
-    for (u32 p = 0; p < 4; ++p)
-        result[p] = pack_bf16(low_bf16(weights[p]) * (low_bf16(pairs[p]) * scale),
-                              high_bf16(weights[p]) * (high_bf16(pairs[p]) * scale));
-    return make_uint4(result[0], result[1], result[2], result[3]);
+    return make_uint4(normed_two(v.x, w.x, scale), normed_two(v.y, w.y, scale), normed_two(v.z, w.z, scale),
+                      normed_two(v.w, w.w, scale));
 }
 
 __device__ __forceinline__ float inverse_root_mean(float squares, u32 width, float eps) {
@@ -249,29 +256,13 @@ __device__ __forceinline__ float told(const Meeting& a, u32 m, u64 at, u32 numbe
     return __uint_as_float(u32(word));
 }
 
-// The same of eight elements from `at` on.
-__device__ __forceinline__ void told_eight(const Meeting& a, u32 m, u64 at, u32 number, float (&sums)[8]) {
-    Patience patience;
-    bool is_there;
-    do {
-        is_there = true;
-#pragma unroll
-        for (u32 pair = 0; pair < 4; ++pair) {
-            const ulonglong2 words = load_two_told(a.inboxes[m] + at + 2 * pair);
-            is_there &= u32(words.x >> 32) == number && u32(words.y >> 32) == number;
-            sums[2 * pair] = __uint_as_float(u32(words.x));
-            sums[2 * pair + 1] = __uint_as_float(u32(words.y));
-        }
-    } while (!is_there && !patience.is_over(a, m));
-}
-
 template <class T>
 __device__ void add_pushed(const Meeting& a, T* residual, const void* weight, u32 weight_type, T* y, float eps) {
     allow_next();
     wait_for_previous();
     if (blockIdx.x >= a.rows) return;
     const u32 number = load_word(a.exchange);
-    count_exchange(a);
+    count_exchange(a, number);
     const u64 first = u64(blockIdx.x) * a.width;
     auto part = [&](u32 m, u32 i) {
         return m == a.member ? load_sum(a.sums[m] + first + i) : told(a, m, first + i, number);
@@ -283,31 +274,63 @@ __device__ void add_pushed(const Meeting& a, T* residual, const void* weight, u3
     });
 }
 
-// Eight elements a thread. Needs width = PUSHED_THREADS * 8 exactly, bf16.
+// Four pairs of elements a thread, so far apart that what the threads of a warp read and write lies side by side. Needs
+// width = PUSHED_THREADS * 8 exactly, bf16.
 __device__ void add_pushed_wide(const Meeting& a, bf16* residual, const bf16* weight, bf16* y, float eps) {
-    constexpr u32 WIDTH = PUSHED_THREADS * 8;
+    constexpr u32 PAIRS = 4, WIDTH = PUSHED_THREADS * 2 * PAIRS;
     allow_next();
-    const uint4 w = weight ? reinterpret_cast<const uint4*>(weight)[threadIdx.x] : make_uint4(0, 0, 0, 0);
+    auto pair = [](u32 p) { return p * PUSHED_THREADS + threadIdx.x; };
+    u32 w[PAIRS];
+#pragma unroll
+    for (u32 p = 0; p < PAIRS; ++p) w[p] = weight ? reinterpret_cast<const u32*>(weight)[pair(p)] : 0;
+    const u64 first = u64(blockIdx.x) * WIDTH;
+    // Half a layer of weights has passed since it was written.
+    if (blockIdx.x < a.rows && threadIdx.x < WIDTH / 64) prefetch(residual + first + threadIdx.x * 64);
     wait_for_previous();
     if (blockIdx.x >= a.rows) return;
     const u32 number = load_word(a.exchange);
-    const u64 first = u64(blockIdx.x) * WIDTH, at = first + threadIdx.x * 8;
     // What is on this device is under way before the others are waited for.
-    uint4 v = *reinterpret_cast<const uint4*>(residual + at);
-    const float4 low = load_sums(a.sums[a.member] + at), high = load_sums(a.sums[a.member] + at + 4);
-    float sums[8];
-    for (u32 m = 0; m < a.num_members; ++m) {
-        float part[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        if (m != a.member) told_eight(a, m, at, number, part);
+    u32* out = reinterpret_cast<u32*>(residual + first);
+    u32 v[PAIRS];
+    float2 own[PAIRS], sums[PAIRS];
 #pragma unroll
-        for (u32 i = 0; i < 8; ++i) sums[i] = m == 0 ? part[i] : sums[i] + part[i];
+    for (u32 p = 0; p < PAIRS; ++p) {
+        v[p] = out[pair(p)];
+        own[p] = load_two_sums(a.sums[a.member] + first + 2 * pair(p));
     }
-    count_exchange(a);
-    const float squares = add_eight(v, sums);
-    *reinterpret_cast<uint4*>(residual + at) = v;
+    for (u32 m = 0; m < a.num_members; ++m) {
+        float2 part[PAIRS];
+        if (m == a.member) {
+#pragma unroll
+            for (u32 p = 0; p < PAIRS; ++p) part[p] = own[p];
+        } else {
+            Patience patience;
+            bool is_there;
+            do {
+                is_there = true;
+#pragma unroll
+                for (u32 p = 0; p < PAIRS; ++p) {
+                    const ulonglong2 words = load_two_told(a.inboxes[m] + first + 2 * pair(p));
+                    is_there &= u32(words.x >> 32) == number && u32(words.y >> 32) == number;
+                    part[p] = make_float2(__uint_as_float(u32(words.x)), __uint_as_float(u32(words.y)));
+                }
+            } while (!is_there && !patience.is_over(a, m));
+        }
+#pragma unroll
+        for (u32 p = 0; p < PAIRS; ++p)
+            sums[p] = m == 0 ? part[p] : make_float2(sums[p].x + part[p].x, sums[p].y + part[p].y);
+    }
+    count_exchange(a, number);
+    float squares = 0.0f;
+#pragma unroll
+    for (u32 p = 0; p < PAIRS; ++p) {
+        squares += add_two(v[p], sums[p]);
+        out[pair(p)] = v[p];
+    }
     if (!weight) return;
     const float scale = inverse_root_mean(block_sum<PUSHED_THREADS>(squares), WIDTH, eps);
-    *reinterpret_cast<uint4*>(y + at) = normed_eight(v, w, scale);
+#pragma unroll
+    for (u32 p = 0; p < PAIRS; ++p) reinterpret_cast<u32*>(y + first)[pair(p)] = normed_two(v[p], w[p], scale);
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void add_partials_f32(

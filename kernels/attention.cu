@@ -11,7 +11,8 @@
 //            attention_prefill_bf16_128, sequences of two rows and more: grid = (num_heads, ceil(most rows / 128),
 //            sequences), block = PrefillShape::THREADS, shared = PrefillShape::SHARED_BYTES, one block an SM
 //            attention_decode_bf16_128_xH, sequences of one row: grid = (splits, num_heads / H, sequences),
-//            block = 32 DECODE_WARPS; H query heads share a key/value head
+//            block = 32 DECODE_WARPS, shared = DECODE_WARPS * DECODE_SLOTS * SLOT_BYTES, at most MAX_SPLITS splits;
+//            H query heads share a key/value head
 // wrapper    cogvlm-cuda ops::attention     oracle oracle::attention
 //
 // The plain kernels take sequences of any length; the two others skip those that are not theirs.
@@ -20,16 +21,21 @@
 // 128 keys, 13.3 such steps for each of 132 SMs; one tile an SM at a time, the longest first, ends after 14. Two
 // smaller blocks an SM would share it in a longest tile that takes twice as long.
 //
-// Decode: all a key/value head has to offer is read once for every H of its query heads, 16 bytes at a time. A thread
-// block takes one split: an equal share of the blocks of the present context. The last one of a head to end puts the
-// splits together, in their order.
+// Decode: all a key/value head has to offer is read once for every H of its query heads. A thread block takes one split:
+// an equal share of the blocks of the present context. Each warp copies what it needs to a ring of its own in shared
+// memory and waits for nobody else: registers would hold as much, but then nothing is under way while they are used, and
+// the cache through which they are loaded is small where shared memory was given to the products. The last thread block
+// of a head to end puts the splits together, in their order.
 // spills allowed: attention_prefill_bf16_128 90a 16 three values, where sums and queries have all other registers
 #include "include/flash.cuh"
 
 constexpr u32 BLOCK_LEN = 16;
 constexpr u32 PLAIN_WARPS = 4;
 constexpr u32 DECODE_WARPS = 4;
+constexpr u32 DECODE_SLOTS = 3;
+constexpr u32 MAX_SPLITS = 32;
 constexpr u32 HEAD_DIM = 128;
+constexpr u32 SLOT_BYTES = BLOCK_LEN * HEAD_DIM * 2;  // keys or values of a block
 
 template <class T> struct PagedRows {
     // Keys of the head in block 0.
@@ -109,14 +115,11 @@ extern "C" __global__ __launch_bounds__(PrefillShape::THREADS, 1) void attention
     attend_tile<PrefillShape, true>(tile, keys, scale_log2, Sharing{nullptr, nullptr, 0, 1});
 }
 
-// 16 bytes that are read once; zeros if they are not there.
-__device__ __forceinline__ uint4 load_once(const bf16* from, bool there) {
+__device__ __forceinline__ uint4 load_shared(u32 from) {
     uint4 x;
-    asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.u32 there, %5, 0;\n\t"
-                 "mov.u32 %0, 0;\n\tmov.u32 %1, 0;\n\tmov.u32 %2, 0;\n\tmov.u32 %3, 0;\n\t"
-                 "@there ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
-                 : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-                 : "l"(from), "r"(u32(there))
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(from)
                  : "memory");
     return x;
 }
@@ -142,8 +145,9 @@ __device__ __forceinline__ void attention_decode(const bf16* query, const bf16* 
     __shared__ float warp_sums[DECODE_WARPS][HEADS][HEAD_DIM];
     __shared__ float2 warp_softmax[DECODE_WARPS][HEADS];
     __shared__ u32 finished;
+    extern __shared__ __align__(128) u8 shared[];
     allow_next();
-    wait_for_previous();
+    // Tables were there before the step began.
     const uint4 sequence = sequences[blockIdx.z];
     const u32 context_len = sequence.z;
     const u32 num_blocks = (context_len + BLOCK_LEN - 1) / BLOCK_LEN;
@@ -157,6 +161,43 @@ __device__ __forceinline__ void attention_decode(const bf16* query, const bf16* 
     const bf16* head_kv = kv + u64(kv_head) * BLOCK_LEN * HEAD_DIM;
     const u64 row = (u64(sequence.x) * num_heads + first_head) * HEAD_DIM;
 
+    // The blocks of a warp are begin + warp, begin + warp + DECODE_WARPS, ..; it copies of each the keys, then the
+    // values, to the next slot of its ring. Chunk c of a row is at c ^ 4 (row % 2), so that two keys of four chunks each
+    // lie in different banks.
+    const u32 num_own = begin + warp < end ? (end - begin - warp + DECODE_WARPS - 1) / DECODE_WARPS : 0;
+    auto first_key = [&](u32 i) { return (begin + warp + i * DECODE_WARPS) * BLOCK_LEN; };
+    const u32 ring = shared_address(shared) + warp * DECODE_SLOTS * SLOT_BYTES;
+    auto place = [&](u32 key, u32 chunk) { return key * (HEAD_DIM * 2) + (chunk ^ key % 2 * 4) * 16; };
+    u32 ids = 0;  // of 32 of its blocks, one a lane
+    auto take_ids = [&](u32 first) {
+        const u32 own = begin + warp + (first + lane) * DECODE_WARPS;
+        ids = own < end ? table[own] : 0;
+    };
+    auto keys_of = [&](u32 i) { return head_kv + __shfl_sync(0xffffffffu, ids, i % 32) * (2 * value_offset); };
+    u32 next = 0, next_slot = 0;  // an even number is the keys of half as many blocks, the one after it the values
+    auto copy_next = [&]() {
+        const u32 i = next / 2;
+        if (i < num_own) {
+            if (next > 0 && next % 64 == 0) take_ids(i);
+            const u32 num_keys = min(BLOCK_LEN, context_len - first_key(i));
+            const bf16* from = keys_of(i) + next % 2 * value_offset + lane * 8;
+            const u32 to = ring + next_slot * SLOT_BYTES + place(lane / 16, lane % 16);
+#pragma unroll
+            for (u32 j = 0; j < BLOCK_LEN / 2; ++j)
+                copy_async(to + j * (HEAD_DIM * 4), from + j * (HEAD_DIM * 2), 2 * j + lane / 16 < num_keys);
+        }
+        commit_copies();
+        ++next;
+        next_slot = next_slot + 1 == DECODE_SLOTS ? 0 : next_slot + 1;
+    };
+    take_ids(0);
+    if (num_own > 0) {
+        const bf16* keys = keys_of(0) + lane * 64;
+        prefetch(keys);
+        prefetch(keys + value_offset);
+    }
+    wait_for_previous();
+
     // Four lanes share a key: lane l has the chunks of 8 columns l % 4, l % 4 + 4, .. of the keys l / 4 and l / 4 + 8
     // of a block. Of the values it has chunk l % 16 of every second one.
     uint4 q[HEADS][4];
@@ -164,67 +205,76 @@ __device__ __forceinline__ void attention_decode(const bf16* query, const bf16* 
 #pragma unroll
     for (u32 h = 0; h < HEADS; ++h) {
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) q[h][i] = load_once(query + row + h * HEAD_DIM + (i * 4 + lane % 4) * 8, true);
+        for (u32 i = 0; i < 4; ++i)
+            q[h][i] = *reinterpret_cast<const uint4*>(query + row + h * HEAD_DIM + (i * 4 + lane % 4) * 8);
         best[h] = minus_infinity();
         total[h] = 0.0f;
 #pragma unroll
         for (u32 i = 0; i < 8; ++i) sums[h][i] = 0.0f;
     }
-    for (u32 round = begin + warp; round < end; round += 32 * DECODE_WARPS) {
-        // The next 32 blocks of this warp, one a lane.
-        const u32 own = round + lane * DECODE_WARPS;
-        const u32 ids = own < end ? table[own] : 0;
-        for (u32 i = 0; i < 32 && round + i * DECODE_WARPS < end; ++i) {
-            const u32 num_keys = min(BLOCK_LEN, context_len - (round + i * DECODE_WARPS) * BLOCK_LEN);
-            const bf16* keys = head_kv + __shfl_sync(0xffffffffu, ids, i) * (2 * value_offset);
-            const bf16* values = keys + value_offset;
-            uint4 k[2][4], v[8];
+#pragma unroll
+    for (u32 i = 0; i < DECODE_SLOTS; ++i) copy_next();
+    u32 slot = 0;
+    // Where the oldest of what was copied lies, once all lanes' copies of it are there.
+    auto wait_for_next = [&]() {
+        wait_for_copies_but<DECODE_SLOTS - 1>();
+        __syncwarp();
+        const u32 at = ring + slot * SLOT_BYTES;
+        slot = slot + 1 == DECODE_SLOTS ? 0 : slot + 1;
+        return at;
+    };
+    for (u32 i = 0; i < num_own; ++i) {
+        const u32 num_keys = min(BLOCK_LEN, context_len - first_key(i));
+        const u32 keys = wait_for_next();
+        uint4 k[2][4];
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half)
+#pragma unroll
+            for (u32 c = 0; c < 4; ++c) k[half][c] = load_shared(keys + place(half * 8 + lane / 4, c * 4 + lane % 4));
+        __syncwarp();  // all lanes have read the slot
+        copy_next();
+        float weights[HEADS][2];
+#pragma unroll
+        for (u32 h = 0; h < HEADS; ++h) {
 #pragma unroll
             for (u32 half = 0; half < 2; ++half) {
-                const u32 key = half * 8 + lane / 4;
+                float score = 0.0f;
 #pragma unroll
-                for (u32 c = 0; c < 4; ++c)
-                    k[half][c] = load_once(keys + key * HEAD_DIM + (c * 4 + lane % 4) * 8, key < num_keys);
+                for (u32 c = 0; c < 4; ++c) score = dot(q[h][c], k[half][c], score);
+                score += __shfl_xor_sync(0xffffffffu, score, 1);
+                score += __shfl_xor_sync(0xffffffffu, score, 2);
+                weights[h][half] = half * 8 + lane / 4 < num_keys ? score : minus_infinity();
             }
+            // Every block has a key, so that the maximum is a number.
+            const float now = fmaxf(best[h], warp_max(fmaxf(weights[h][0], weights[h][1])) * scale_log2);
+            const float factor = exp2_fast(best[h] - now);
+            best[h] = now;
+#pragma unroll
+            for (u32 half = 0; half < 2; ++half)
+                weights[h][half] = exp2_fast(fmaf(weights[h][half], scale_log2, -now));
+            total[h] = total[h] * factor + (weights[h][0] + weights[h][1]);
+#pragma unroll
+            for (u32 c = 0; c < 8; ++c) sums[h][c] *= factor;
+        }
+        const u32 values = wait_for_next();
+        uint4 v[8];
+#pragma unroll
+        for (u32 j = 0; j < 8; ++j) v[j] = load_shared(values + place(2 * j + lane / 16, lane % 16));
+        __syncwarp();  // all lanes have read the slot
+        copy_next();
+#pragma unroll
+        for (u32 h = 0; h < HEADS; ++h)
 #pragma unroll
             for (u32 j = 0; j < 8; ++j) {
-                const u32 key = 2 * j + lane / 16;
-                v[j] = load_once(values + key * HEAD_DIM + lane % 16 * 8, key < num_keys);
-            }
+                // The weight of key 2 j + lane / 16 is with the four lanes of that key.
+                const float weight = __shfl_sync(0xffffffffu, weights[h][j / 4], (j % 4 * 2 + lane / 16) * 4);
+                const u32 pairs[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
 #pragma unroll
-            for (u32 h = 0; h < HEADS; ++h) {
-                float weights[2];
-#pragma unroll
-                for (u32 half = 0; half < 2; ++half) {
-                    float score = 0.0f;
-#pragma unroll
-                    for (u32 c = 0; c < 4; ++c) score = dot(q[h][c], k[half][c], score);
-                    score += __shfl_xor_sync(0xffffffffu, score, 1);
-                    score += __shfl_xor_sync(0xffffffffu, score, 2);
-                    weights[half] = half * 8 + lane / 4 < num_keys ? score : minus_infinity();
-                }
-                // Every block has a key, so that the maximum is a number.
-                const float now = fmaxf(best[h], warp_max(fmaxf(weights[0], weights[1])) * scale_log2);
-                const float factor = exp2_fast(best[h] - now);
-                best[h] = now;
-#pragma unroll
-                for (u32 half = 0; half < 2; ++half) weights[half] = exp2_fast(fmaf(weights[half], scale_log2, -now));
-                total[h] = total[h] * factor + (weights[0] + weights[1]);
-#pragma unroll
-                for (u32 c = 0; c < 8; ++c) sums[h][c] *= factor;
-#pragma unroll
-                for (u32 j = 0; j < 8; ++j) {
-                    // The weight of key 2 j + lane / 16 is with the four lanes of that key.
-                    const float weight = __shfl_sync(0xffffffffu, weights[j / 4], (j % 4 * 2 + lane / 16) * 4);
-                    const u32 pairs[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
-#pragma unroll
-                    for (u32 c = 0; c < 4; ++c) {
-                        sums[h][2 * c] = fmaf(weight, low_bf16(pairs[c]), sums[h][2 * c]);
-                        sums[h][2 * c + 1] = fmaf(weight, high_bf16(pairs[c]), sums[h][2 * c + 1]);
-                    }
+                for (u32 c = 0; c < 4; ++c) {
+                    sums[h][2 * c] = fmaf(weight, low_bf16(pairs[c]), sums[h][2 * c]);
+                    sums[h][2 * c + 1] = fmaf(weight, high_bf16(pairs[c]), sums[h][2 * c + 1]);
                 }
             }
-        }
     }
 #pragma unroll
     for (u32 h = 0; h < HEADS; ++h) {
@@ -275,15 +325,20 @@ __device__ __forceinline__ void attention_decode(const bf16* query, const bf16* 
     __threadfence();  // what the others stored before they were counted is read after it
     for (u32 h = 0; h < HEADS; ++h) {
         const u64 entry = first_entry + h * gridDim.x;
-        float head_best = minus_infinity(), head_total = 0.0f, sum = 0.0f;
-#pragma unroll 8
-        for (u32 s = 0; s < num_splits; ++s) head_best = fmaxf(head_best, __ldcg(&softmaxes[entry + s].x));
-#pragma unroll 8
-        for (u32 s = 0; s < num_splits; ++s) {
-            const float2 softmax = __ldcg(&softmaxes[entry + s]);
-            const float factor = exp2_fast(softmax.x - head_best);
-            head_total += softmax.y * factor;
-            sum += __ldcg(&partials[(entry + s) * HEAD_DIM + column]) * factor;
+        // Lane l has the softmax of split l; all that there is to read is under way before the first is used.
+        const float2 softmax =
+            lane < num_splits ? __ldcg(&softmaxes[entry + lane]) : make_float2(minus_infinity(), 0.0f);
+        float parts[MAX_SPLITS];
+#pragma unroll
+        for (u32 s = 0; s < MAX_SPLITS; ++s)
+            parts[s] = s < num_splits ? __ldcg(&partials[(entry + s) * HEAD_DIM + column]) : 0.0f;
+        const float factor = exp2_fast(softmax.x - warp_max(softmax.x));
+        float head_total = 0.0f, sum = 0.0f;
+#pragma unroll
+        for (u32 s = 0; s < MAX_SPLITS; ++s) {
+            const float of_split = __shfl_sync(0xffffffffu, factor, s);
+            head_total += __shfl_sync(0xffffffffu, softmax.y, s) * of_split;
+            sum += parts[s] * of_split;
         }
         out[row + h * HEAD_DIM + column] = to_bf16(sum / head_total);
     }

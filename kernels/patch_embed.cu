@@ -11,7 +11,7 @@
 //          a patch
 //          patch_embed_echo: one thread writes what it finds in each field of `Weights` and `Images`, for a test
 // wrapper  cogvlm-cuda ops::patch_embed     oracle oracle::patch_embed
-#include "include/common.cuh"
+#include "include/mma.cuh"
 
 // Rows and columns of y per block.
 constexpr u32 TILE = 64;
@@ -116,23 +116,6 @@ extern "C" __global__ __launch_bounds__(256) void patch_embed_bf16(
 constexpr u32 PAIRS = 16;
 constexpr u32 PITCH = PAIRS + 4;
 
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], const u32* address) {
-    const u32 shared = u32(__cvta_generic_to_shared(address));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared)
-                 : "memory");
-}
-
-// sums += a b, a [16, 16], b [16, 8]
-__device__ __forceinline__ void multiply_add(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 extern "C" __global__ __launch_bounds__(128) void patch_embed_bf16_mma(
     const bf16* pixels, const bf16* projection, const bf16* bias, const bf16* class_token, const bf16* position,
     const __grid_constant__ Images images, bf16* y, u32 width) {
@@ -211,15 +194,15 @@ extern "C" __global__ __launch_bounds__(128) void patch_embed_bf16_mma(
 #pragma unroll
             for (u32 i = 0; i < 2; ++i) {
                 const u32 a_row = warp_row + 16 * i + lane % 16;
-                load_matrices(a[i], &patch_tile[step % 2][a_row * PITCH + 8 * half + lane / 16 * 4]);
+                load_matrices(a[i], shared_address(&patch_tile[step % 2][a_row * PITCH + 8 * half + lane / 16 * 4]));
                 const u32 b_row = warp_column + 16 * i + lane % 8 + lane / 16 * 8;
-                load_matrices(b[i], &weight_tile[step % 2][b_row * PITCH + 8 * half + lane / 8 % 2 * 4]);
+                load_matrices(b[i], shared_address(&weight_tile[step % 2][b_row * PITCH + 8 * half + lane / 8 % 2 * 4]));
             }
 #pragma unroll
             for (u32 i = 0; i < 2; ++i) {
 #pragma unroll
                 for (u32 j = 0; j < 4; ++j)
-                    multiply_add(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+                    multiply(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
             }
         }
         if (step + 1 < num_steps) put((step + 1) % 2);

@@ -9,6 +9,7 @@
 // launch   grid = (tiles of rows, ceil(weight rows / 128)), block = 256, shared = STAGES * 2 * TILE_BYTES; a tile has 16
 //          groups of up to 8 rows       wrapper  cogvlm-cuda ops::product_mma
 // oracle   oracle::{expert_linear, linear, linear_residual, gate_up, qkv_rope_append}
+#include "include/mma.cuh"
 #include "include/product.cuh"
 
 constexpr u32 THREADS = 256;
@@ -18,24 +19,6 @@ constexpr u32 STAGES = 3;
 constexpr u32 TILE_BYTES = TILE * STEP * 2;
 constexpr u32 NONE = 0xffffffffu;
 
-__device__ __forceinline__ void copy_async(u32 to, const void* from, bool is_there) {
-    const u32 bytes = is_there ? 16 : 0;  // the rest of the 16 bytes becomes zero
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <u32 LEFT> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
-
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
-}
-__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // Where chunk `chunk` (16 bytes) of row `row` of a tile lies.
 __device__ __forceinline__ u32 chunk_offset(u32 row, u32 chunk) { return row * (STEP * 2) + ((chunk ^ (row & 7)) << 4); }
 
@@ -43,7 +26,7 @@ template <u32 FINISH> __device__ void product(const Product& a) {
     constexpr bool PAIRED = is_paired(FINISH);
     extern __shared__ __align__(128) u8 shared[];
     __shared__ u32 rows[TILE];
-    const u32 tiles = u32(__cvta_generic_to_shared(shared));
+    const u32 tiles = shared_address(shared);
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 expert = blockIdx.x < a.num_vision_tiles ? 1 : 0;
     const u32 tile = expert ? blockIdx.x : blockIdx.x - a.num_vision_tiles;
@@ -92,19 +75,19 @@ template <u32 FINISH> __device__ void product(const Product& a) {
             copy_async(to + offset, x_from[i] + step * STEP, has_x[i] && in_depth);
             copy_async(to + TILE_BYTES + offset, weight_from[i] + step * STEP, has_weight[i] && in_depth);
         }
-        commit();
+        commit_copies();
     };
 
     const u32 steps = (a.depth + STEP - 1) / STEP;
     for (u32 s = 0; s < STAGES - 1; ++s) {
-        if (s < steps) copy_step(s); else commit();
+        if (s < steps) copy_step(s); else commit_copies();
     }
     const u32 warp_row = warp / 4 * 64, warp_line = warp % 4 * 32;
     float sums[4][4][4] = {};
     for (u32 step = 0; step < steps; ++step) {
-        wait<STAGES - 2>();
+        wait_for_copies_but<STAGES - 2>();
         __syncthreads();  // this step's tiles are there for everyone, and nobody reads the stage that is filled next
-        if (step + STAGES - 1 < steps) copy_step(step + STAGES - 1); else commit();
+        if (step + STAGES - 1 < steps) copy_step(step + STAGES - 1); else commit_copies();
         const u32 x_tile = tiles + step % STAGES * 2 * TILE_BYTES, weight_tile = x_tile + TILE_BYTES;
 #pragma unroll
         for (u32 k = 0; k < STEP / 16; ++k) {

@@ -1,187 +1,227 @@
 // Products (include/product.cuh) of 1 to 16 rows, all of one expert: decode. They run at the rate at which weights come
-// from memory: every weight is read once, straight into registers, and used for all rows by the matrix units.
+// from memory: every weight is read once and used for all rows by the matrix units.
 // x, weights bf16, depth a multiple of 8; sums in f32, in an order that depends on depth alone
 //
-// One m16n8k16 product has 16 rows of the weight as its A and 8 rows of x as its B. Which k a slot of the product has
-// does not matter as long as A and B agree, so thread t of a quad takes 16 consecutive elements of its weight row with two
-// 16-byte loads, and the same 16 of its row of x. A quad covers 64 elements, a warp 16 weight rows of them; the warps
-// of a block share the depth, and their sums are added up in order at the end. Paired sums: the upper 8 of the 16
-// weight rows are firsts, the lower 8 their seconds.
+// The warps of a block share the depth, 64 elements each and round, and their sums are added up in order at the end of a
+// tile. A warp copies what it needs of a round, weights and x, into a slot of a ring of its own: it waits for nobody but
+// its copies, and always has the next rounds on their way, across the ends of tiles. (Loads into registers would do the
+// same if the compiler let them: it gives all of them one scoreboard, and whoever waits for one waits for all.) Of a
+// round, a row of 128 bytes has its 16-byte chunks exchanged by the low bits of its number, so that ldmatrix meets no
+// bank twice. Paired sums: of 16 weight rows the first 8 are firsts, the others their seconds.
 //
-// Two blocks stay on each multiprocessor and take tile after tile; the loads run AHEAD rounds ahead, into the next
-// tile while one is finished. As blocks end, those of the next kernel start in their places and load their first
-// weights while this one ends (`wait_for_previous`).
+// Two blocks stay on each multiprocessor, if it has the memory, and take tile after tile. What does not fill a tile for
+// each of them is shared among all, so that none has more than one row more than another: then the last ones would run
+// alone, at a part of the rate. As blocks end, those of the next kernel start in their places and copy their first
+// weights while this one ends (`wait_for_previous`), one round after the other: more at a time would fill the queues of
+// the memory, and what stands between two products, a norm or a sum over devices, would wait behind them.
+//
+// Up to 8 rows: tiles of 16 weight rows. Up to 16 rows, x is as much to copy as a tile of 16, so wide products have
+// tiles of 32; those of the model's width have too few rows for that.
 //
 // A device's part of a product is also told to those that compute the layer with it, sum by sum (include/exchange.cuh).
 //
-// launch   grid = min(tiles, 2 * multiprocessors), block = 256       wrapper  cogvlm-cuda ops::product_rows
+// launch   grid = min(tiles, blocks that fit), block = 256, shared = `stages` slots of all warps, and their sums
+// wrapper  cogvlm-cuda ops::product_rows
 // oracle   oracle::{expert_linear, linear, gate_up, qkv_rope_append}
-// spills allowed: product_rows_qkv_16 120 8 one value, on a GPU that it is not tuned for
 #include "include/exchange.cuh"
+#include "include/mma.cuh"
 #include "include/product.cuh"
 
-__device__ __forceinline__ uint4 load_weights(const bf16* p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
+constexpr u32 WARPS = 8;
+constexpr u32 ROUND = 64;  // elements of depth that a warp takes at a time
+constexpr u32 ROW_BYTES = ROUND * 2;
+
+// Weights, as often as they are used: once. Lines of 128 bytes come in pairs, of two warps.
+__device__ __forceinline__ void copy_weights(u32 to, const bf16* from, bool is_there) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(is_there ? 16u : 0u)
+                 : "memory");
 }
 
-__device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+// The oldest of `stages` groups is there; STAGES at most.
+__device__ __forceinline__ void wait_for_oldest(u32 stages) {
+    if (stages == 4) wait_for_copies_but<3>();
+    if (stages == 3) wait_for_copies_but<2>();
+    if (stages == 2) wait_for_copies_but<1>();
+    if (stages == 1) wait_for_copies_but<0>();
 }
 
-// Sixteen consecutive elements of one row.
-struct Elements {
-    uint4 low, high;
-};
-
-// WARPS share the depth; rows of x come in ROW_TILES of 8; AHEAD rounds of 64 elements a warp are under way.
-template <u32 FINISH, u32 WARPS, u32 ROW_TILES, u32 AHEAD, class Others>
-__device__ void product(const Product& a, const Others& others) {
+// Tiles of 16 WEIGHT_TILES weight rows by 8 ROW_TILES rows of x; up to 4 stages.
+template <u32 FINISH, u32 WEIGHT_TILES, u32 ROW_TILES, class Others>
+__device__ __forceinline__ void product(const Product& a, u32 stages, const Others& others) {
     constexpr bool PAIRED = is_paired(FINISH);
-    constexpr u32 STRIDE = WARPS * 64;
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    constexpr u32 STRIDE = WARPS * ROUND;
+    constexpr u32 PER_TILE = (PAIRED ? 8 : 16) * WEIGHT_TILES;
+    constexpr u32 WEIGHT_BYTES = WEIGHT_TILES * 16 * ROW_BYTES, SLOT_BYTES = WEIGHT_BYTES + ROW_TILES * 8 * ROW_BYTES;
+    extern __shared__ __align__(128) u8 shared[];
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 expert = a.ranges[0].expert, first_row = a.ranges[0].first, num_rows = a.ranges[0].end - first_row;
-    constexpr u32 PER_TILE = PAIRED ? 8 : 16;
-    const u32 num_tiles = (a.width + PER_TILE - 1) / PER_TILE;
-    // Rounds of a tile, so many that a tile ends where the ring of loads does.
-    const u32 rounds = (a.depth + STRIDE * AHEAD - 1) / (STRIDE * AHEAD) * AHEAD;
-    const u32 first_k = warp * 64 + t * 16;
+    const u32 rounds = (a.depth + STRIDE - 1) / STRIDE;
     allow_next();
 
-    // This thread's two weight rows of a tile; rows beyond repeat the last one.
-    const bf16* upper;
-    const bf16* lower;
-    auto take_rows = [&](u32 tile) {
-        if (PAIRED) {
-            const u32 p = min(tile * 8 + g, a.width - 1);
-            upper = static_cast<const bf16*>(a.weight[expert]) + u64(first_weight_row<FINISH>(a, p)) * a.depth;
-            lower = static_cast<const bf16*>(second_weight<FINISH>(a, expert)) +
-                    u64(second_weight_row<FINISH>(a, p)) * a.depth;
-        } else {
-            const bf16* weight = static_cast<const bf16*>(a.weight[expert]);
-            upper = weight + u64(min(tile * 16 + g, a.width - 1)) * a.depth;
-            lower = weight + u64(min(tile * 16 + 8 + g, a.width - 1)) * a.depth;
-        }
-    };
-    const uint4 zero = make_uint4(0, 0, 0, 0);
-    auto weights_at = [&](const bf16* row, u32 k, bool is_there) -> Elements {
-        return {is_there && k < a.depth ? load_weights(row + k) : zero,
-                is_there && k + 8 < a.depth ? load_weights(row + k + 8) : zero};
-    };
-    // What is loaded next: a round of a tile.
-    u32 next_tile = blockIdx.x, next_round = 0;
-    take_rows(next_tile);
-    Elements w[AHEAD][2];
-    auto load_next = [&](u32 s) {
-        const u32 k = first_k + next_round * STRIDE;
-        const bool is_there = next_tile < num_tiles;
-        w[s][0] = weights_at(upper, k, is_there);
-        w[s][1] = weights_at(lower, k, is_there);
-        if (++next_round == rounds) {
-            next_round = 0;
-            next_tile += gridDim.x;
-            if (next_tile < num_tiles) take_rows(next_tile);
-        }
-    };
+    // Whole tiles, as many of them for every block; the rest in equal shares, of less than a tile.
+    const u32 wave = gridDim.x * PER_TILE, whole = a.width / wave * wave, rest = a.width - whole;
+    const u32 share = whole + u64(blockIdx.x) * rest / gridDim.x;
+    const u32 share_end = whole + u64(blockIdx.x + 1) * rest / gridDim.x;
+    const u32 first_tile = whole != 0 ? blockIdx.x * PER_TILE : share;
+    auto is_tile = [&](u32 tile) { return tile < whole || tile < share_end; };
+    auto end_of = [&](u32 tile) { return tile < whole ? whole : share_end; };
+    auto after = [&](u32 tile) { return tile >= whole ? share_end : tile + wave < whole ? tile + wave : share; };
+
+    // What is copied next: a round of a tile. Eight lanes copy a row; this one copies chunk `chunk` of every fourth.
+    const u32 chunk = lane % 8, first_copied = lane / 8;
+    const u32 ring = shared_address(shared) + warp * stages * SLOT_BYTES;
+    u32 next_tile = first_tile, next_round = 0, rows_there = 0;
+    const bf16* rows[WEIGHT_TILES][4];
+    auto take_rows = [&]() {
+        rows_there = 0;
 #pragma unroll
-    for (u32 s = 0; s < AHEAD; ++s) load_next(s);
+        for (u32 m = 0; m < WEIGHT_TILES; ++m)
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const u32 row = first_copied + 4 * i;
+                const u32 n = next_tile + (PAIRED ? m * 8 + row % 8 : m * 16 + row), clamped = min(n, a.width - 1);
+                const bool is_second = PAIRED && i >= 2;
+                const void* weight = is_second ? second_weight<FINISH>(a, expert) : a.weight[expert];
+                const u32 weight_row = is_second ? second_weight_row<FINISH>(a, clamped)
+                                       : PAIRED  ? first_weight_row<FINISH>(a, clamped)
+                                                 : clamped;
+                rows[m][i] = static_cast<const bf16*>(weight) + u64(weight_row) * a.depth;
+                rows_there |= u32(n < end_of(next_tile)) << (m * 4 + i);
+            }
+    };
+    auto next_k = [&]() { return next_round * STRIDE + warp * ROUND + chunk * 8; };
+    auto place = [&](u32 row) { return row * ROW_BYTES + (chunk ^ row % 8) * 16; };
+    // Rows that are not there leave their places as they are: what they give is stored nowhere. Depth that is not there
+    // is zero.
+    auto copy_next_weights = [&](u32 slot) {
+        if (!is_tile(next_tile)) return;
+        const u32 k = next_k(), to = ring + slot * SLOT_BYTES;
+        const bool is_there = k < a.depth;
+#pragma unroll
+        for (u32 m = 0; m < WEIGHT_TILES; ++m)
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i)
+                if (rows_there >> (m * 4 + i) & 1)
+                    copy_weights(to + place(m * 16 + first_copied + 4 * i), rows[m][i] + (is_there ? k : 0), is_there);
+    };
+    auto copy_x = [&](u32 slot, u32 round) {
+        const u32 k = round * STRIDE + warp * ROUND + chunk * 8, to = ring + slot * SLOT_BYTES + WEIGHT_BYTES;
+        const bool is_there = k < a.depth;
+        const bf16* x = static_cast<const bf16*>(a.x) + u64(first_row + first_copied) * a.depth + (is_there ? k : 0);
+#pragma unroll
+        for (u32 i = 0; i < 2 * ROW_TILES; ++i)
+            if (first_copied + 4 * i < num_rows)
+                copy_async(to + place(first_copied + 4 * i), x + u64(4 * i) * a.depth, is_there);
+    };
+    auto advance = [&]() {
+        if (++next_round < rounds) return;
+        next_round = 0;
+        next_tile = after(next_tile);
+        if (is_tile(next_tile)) take_rows();
+    };
+    take_rows();
+    for (u32 slot = 0; slot < stages; ++slot) {
+        wait_for_copies();
+        copy_next_weights(slot);
+        commit_copies();
+        advance();
+    }
 
     wait_for_previous();
     const u32 exchange = others.number();
-    const bf16* x[ROW_TILES];
-    bool has_row[ROW_TILES];
-#pragma unroll
-    for (u32 r = 0; r < ROW_TILES; ++r) {
-        has_row[r] = r * 8 + g < num_rows;
-        x[r] = static_cast<const bf16*>(a.x) + u64(first_row + (has_row[r] ? r * 8 + g : 0)) * a.depth;
+    for (u32 slot = 0, round = 0; slot < stages; ++slot) {
+        copy_x(slot, round);
+        commit_copies();
+        round = round + 1 == rounds ? 0 : round + 1;
     }
-    auto x_at = [&](u32 r, u32 k) -> Elements {
-        return {has_row[r] && k < a.depth ? *reinterpret_cast<const uint4*>(x[r] + k) : zero,
-                has_row[r] && k + 8 < a.depth ? *reinterpret_cast<const uint4*>(x[r] + k + 8) : zero};
-    };
-    Elements next_x[ROW_TILES];
-#pragma unroll
-    for (u32 r = 0; r < ROW_TILES; ++r) next_x[r] = x_at(r, first_k);
 
-    // Two sets in turn, so that a warp may begin the next tile while others still add up this one.
-    __shared__ float partial[2][WARPS][ROW_TILES * 4][32];
-    u32 set = 0;
-    for (u32 tile = blockIdx.x; tile < num_tiles; tile += gridDim.x, set ^= 1) {
-        float sums[ROW_TILES][4] = {};
-        for (u32 round = 0; round < rounds; round += AHEAD) {
+    // What this lane says where it is when matrices are loaded: of weights 16 rows of two chunks, of x 8 rows of four.
+    const u32 weight_place = lane % 16 * ROW_BYTES, x_place = WEIGHT_BYTES + lane % 8 * ROW_BYTES, flip = lane % 8;
+    float (*partial)[WEIGHT_TILES * ROW_TILES * 4][32] =
+        reinterpret_cast<float (*)[WEIGHT_TILES * ROW_TILES * 4][32]>(shared + WARPS * stages * SLOT_BYTES);
+    u32 slot = 0;
+    for (u32 tile = first_tile; is_tile(tile); tile = after(tile)) {
+        float sums[WEIGHT_TILES][ROW_TILES][4] = {};
+        for (u32 round = 0; round < rounds; ++round) {
+            wait_for_oldest(stages);
+            __syncwarp();  // what the other lanes copied is there, too
+            const u32 at = ring + slot * SLOT_BYTES;
+            u32 w[WEIGHT_TILES][4][4], x[ROW_TILES][2][4];
 #pragma unroll
-            for (u32 s = 0; s < AHEAD; ++s) {
-                Elements xs[ROW_TILES];
-                // x is the same for every tile: after the last round comes the first.
-                const u32 next_k = round + s + 1 == rounds ? first_k : first_k + (round + s + 1) * STRIDE;
+            for (u32 m = 0; m < WEIGHT_TILES; ++m)
 #pragma unroll
-                for (u32 r = 0; r < ROW_TILES; ++r) {
-                    xs[r] = next_x[r];
-                    next_x[r] = x_at(r, next_k);
-                }
-                const Elements up = w[s][0], low = w[s][1];
+                for (u32 k = 0; k < 4; ++k)
+                    load_matrices(w[m][k], at + m * 16 * ROW_BYTES + weight_place + ((2 * k + lane / 16) ^ flip) * 16);
 #pragma unroll
-                for (u32 r = 0; r < ROW_TILES; ++r) {
-                    multiply(sums[r], up.low.x, low.low.x, up.low.y, low.low.y, xs[r].low.x, xs[r].low.y);
-                    multiply(sums[r], up.low.z, low.low.z, up.low.w, low.low.w, xs[r].low.z, xs[r].low.w);
-                    multiply(sums[r], up.high.x, low.high.x, up.high.y, low.high.y, xs[r].high.x, xs[r].high.y);
-                    multiply(sums[r], up.high.z, low.high.z, up.high.w, low.high.w, xs[r].high.z, xs[r].high.w);
-                }
-                load_next(s);
-            }
+            for (u32 r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+                for (u32 half = 0; half < 2; ++half)
+                    load_matrices(x[r][half], at + r * 8 * ROW_BYTES + x_place + ((4 * half + lane / 8) ^ flip) * 16);
+            __syncwarp();  // all lanes have read the slot
+            copy_next_weights(slot);
+            if (is_tile(next_tile)) copy_x(slot, next_round);
+            commit_copies();
+            advance();
+            slot = slot + 1 == stages ? 0 : slot + 1;
+#pragma unroll
+            for (u32 k = 0; k < 4; ++k)
+#pragma unroll
+                for (u32 m = 0; m < WEIGHT_TILES; ++m)
+#pragma unroll
+                    for (u32 r = 0; r < ROW_TILES; ++r)
+                        multiply(sums[m][r], w[m][k], x[r][k / 2][k % 2 * 2], x[r][k / 2][k % 2 * 2 + 1]);
         }
-        // sums[r]: weight row g (0, 1) and 8 + g (2, 3), rows 2t and 2t + 1 of x.
 #pragma unroll
-        for (u32 r = 0; r < ROW_TILES; ++r)
+        for (u32 m = 0; m < WEIGHT_TILES; ++m)
 #pragma unroll
-            for (u32 c = 0; c < 4; ++c) partial[set][warp][r * 4 + c][lane] = sums[r][c];
-        __syncthreads();  // this set is complete; the other one was read before the last of these
+            for (u32 r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+                for (u32 c = 0; c < 4; ++c) partial[warp][(m * ROW_TILES + r) * 4 + c][lane] = sums[m][r][c];
+        __syncthreads();  // the sums of all warps are there
+        // Lane l has of 16 weight rows l / 4 (c = 0, 1) and l / 4 + 8 (2, 3), and of 8 rows 2 (l % 4) and the next.
         auto total = [&](u32 weight_row, u32 row) {
-            const u32 entry = row / 8 * 4 + weight_row / 8 * 2 + row % 2, from = weight_row % 8 * 4 + row % 8 / 2;
+            const u32 c = weight_row % 16 / 8 * 2 + row % 2, from = weight_row % 8 * 4 + row % 8 / 2;
+            const u32 entry = (weight_row / 16 * ROW_TILES + row / 8) * 4 + c;
             float sum = 0.0f;
 #pragma unroll
-            for (u32 v = 0; v < WARPS; ++v) sum += partial[set][v][entry][from];
+            for (u32 v = 0; v < WARPS; ++v) sum += partial[v][entry][from];
             return sum;
         };
         for (u32 i = threadIdx.x; i < num_rows * PER_TILE; i += WARPS * 32) {
-            const u32 row = i / PER_TILE, within = i % PER_TILE, n = tile * PER_TILE + within;
-            if (n >= a.width) continue;
-            const float first = total(within, row), second = PAIRED ? total(8 + within, row) : 0.0f;
+            const u32 row = i / PER_TILE, within = i % PER_TILE, n = tile + within;
+            if (n >= end_of(tile)) continue;
+            const u32 weight_row = PAIRED ? within / 8 * 16 + within % 8 : within;
+            const float first = total(weight_row, row), second = PAIRED ? total(weight_row + 8, row) : 0.0f;
             store_one<bf16, FINISH>(a, first_row + row, n, first, second);
             others.tell(u64(first_row + row) * a.out_width + n, first, exchange);
         }
+        __syncthreads();  // they were read
     }
 }
 
-// Two blocks fill a multiprocessor.
-#define PRODUCT(NAME, FINISH, WARPS, ROW_TILES, AHEAD)                                                          \
-    extern "C" __global__ __launch_bounds__(WARPS * 32, 2) void product_rows_##NAME(                            \
-        const __grid_constant__ Product a) {                                                                    \
-        product<FINISH, WARPS, ROW_TILES, AHEAD>(a, NoPush());                                                  \
+#define PRODUCT(NAME, FINISH, WEIGHT_TILES, ROW_TILES)                                                            \
+    extern "C" __global__ __launch_bounds__(WARPS * 32, 2) void product_rows_##NAME(                              \
+        const __grid_constant__ Product a, u32 stages) {                                                          \
+        product<FINISH, WEIGHT_TILES, ROW_TILES>(a, stages, NoPush());                                            \
     }
 // The number is the most rows of x.
-#define PRODUCTS(NAME, FINISH)                 \
-    PRODUCT(NAME##_8, FINISH, 8, 1, 4)         \
-    PRODUCT(NAME##_16, FINISH, 8, 2, 4)
-PRODUCTS(bias, BIAS)
-PRODUCTS(residual, RESIDUAL)
-PRODUCTS(gate_up, GATE_UP)
-// The rotation takes registers from the loads.
-PRODUCT(qkv_8, QKV, 8, 1, 4)
-PRODUCT(qkv_16, QKV, 8, 2, 2)
-PRODUCTS(logits, LOGITS)
+PRODUCT(bias_8, BIAS, 1, 1)
+PRODUCT(bias_16, BIAS, 1, 2)
+PRODUCT(residual_8, RESIDUAL, 1, 1)
+PRODUCT(residual_16, RESIDUAL, 1, 2)
+PRODUCT(gate_up_8, GATE_UP, 1, 1)
+PRODUCT(gate_up_16, GATE_UP, 2, 2)
+PRODUCT(qkv_8, QKV, 1, 1)
+PRODUCT(qkv_16, QKV, 2, 2)
+PRODUCT(logits_8, LOGITS, 1, 1)
+PRODUCT(logits_16, LOGITS, 2, 2)
 
 // A member's part of a product, told to the others.
-extern "C" __global__ __launch_bounds__(256, 2) void product_rows_partial_8(
-    const __grid_constant__ Product a, const __grid_constant__ Push others) {
-    product<PARTIAL, 8, 1, 4>(a, others);
+extern "C" __global__ __launch_bounds__(WARPS * 32, 2) void product_rows_partial_8(
+    const __grid_constant__ Product a, u32 stages, const __grid_constant__ Push others) {
+    product<PARTIAL, 1, 1>(a, stages, others);
 }
-extern "C" __global__ __launch_bounds__(256, 2) void product_rows_partial_16(
-    const __grid_constant__ Product a, const __grid_constant__ Push others) {
-    product<PARTIAL, 8, 2, 4>(a, others);
+extern "C" __global__ __launch_bounds__(WARPS * 32, 2) void product_rows_partial_16(
+    const __grid_constant__ Product a, u32 stages, const __grid_constant__ Push others) {
+    product<PARTIAL, 1, 2>(a, stages, others);
 }

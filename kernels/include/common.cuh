@@ -78,6 +78,11 @@ __device__ __forceinline__ u32 load_word(const u32* p) {
     return v;
 }
 
+// Towards the second-level cache, nothing more: whatever is there by then may still change.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
 __device__ __forceinline__ float warp_sum(float v) {

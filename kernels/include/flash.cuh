@@ -11,6 +11,7 @@
 // Rounding: scores, maxima and sums in f32, the probabilities to bf16 before the second product; one at the store.
 #pragma once
 #include "attention.cuh"
+#include "mma.cuh"
 
 constexpr u32 TILE_KEYS = 32;
 // Sums are scaled down only when a score, base 2, exceeds the one that they are relative to by more than this. So a
@@ -72,37 +73,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-// Copies 16 bytes to shared memory, or zeros if there are none to copy.
-__device__ __forceinline__ void copy_async(u32 to, const bf16* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :
-                 : "r"(to), "l"(from), "r"(there ? 16u : 0u)
-                 : "memory");
-}
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-__device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(at)
-                 : "memory");
-}
-__device__ __forceinline__ void load_transposed(u32 (&x)[4], u32 at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(at)
-                 : "memory");
-}
-
-// sums += a b of a [16, 16] and b [16, 8]. A lane holds of the sums row lane / 4 (elements 0, 1) and row lane / 4 + 8
-// (elements 2, 3), columns lane % 4 * 2 and the next.
-__device__ __forceinline__ void multiply(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Word j of lane i of every four lanes becomes word i of lane j.
@@ -350,7 +320,7 @@ template <class Shape, bool CAUSAL, class Keys>
 __device__ __forceinline__ void attend_tile(const QueryTile& tile, const Keys& keys, float scale,
                                             const Sharing& sharing) {
     extern __shared__ __align__(256) u8 shared[];
-    const u32 queries = u32(__cvta_generic_to_shared(shared));
+    const u32 queries = shared_address(shared);
     const u32 lane = threadIdx.x % 32;
     // The same for all lanes, and the compiler should know.
     const u32 warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);

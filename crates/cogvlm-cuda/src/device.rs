@@ -190,12 +190,18 @@ impl Gpu {
         // SAFETY: the module is loaded; the name ends in a zero.
         let result = unsafe { cu::cuModuleGetFunction(&raw mut function, handle, name.as_ptr()) };
         check(result).map_err(|reason| self.error(format!("kernel `{kernel}` of `{module}`: {reason}")))?;
-        let attribute = cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // SAFETY: the function was just found.
-        let result = unsafe { cu::cuFuncSetAttribute(function, attribute, shared as i32) };
-        check(result).map_err(|reason| {
-            self.error(format!("`{kernel}` with {shared} bytes of shared memory on {}: {reason}", self.info.name))
-        })?;
+        use cu::CUfunction_attribute as A;
+        let set = |attribute, value: u32| {
+            // SAFETY: the function was just found.
+            check(unsafe { cu::cuFuncSetAttribute(function, attribute, value as i32) }).map_err(|reason| {
+                self.error(format!("`{kernel}` with {shared} bytes of shared memory on {}: {reason}", self.info.name))
+            })
+        };
+        set(A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)?;
+        if shared > 0 {
+            // All that there is, in per cent: a multiprocessor that has to change its share lets nothing overlap.
+            set(A::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)?;
+        }
         functions.kernels.insert(kernel, (function, shared));
         Ok(function)
     }

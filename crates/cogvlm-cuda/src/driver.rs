@@ -79,7 +79,7 @@ pub(crate) unsafe fn event_elapsed_time(from: cu::CUevent, to: cu::CUevent) -> R
 }
 
 /// A GPU, as the driver describes it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeviceInfo {
     /// Its CUDA ordinal.
     pub ordinal: u32,
@@ -91,7 +91,19 @@ pub struct DeviceInfo {
     pub compute_capability: (u32, u32),
     /// Multiprocessors.
     pub num_multiprocessors: u32,
+    /// Bytes of shared memory of each multiprocessor, for all blocks that run there.
+    pub shared_bytes: u32,
 }
+
+impl DeviceInfo {
+    /// How many thread blocks with this much shared memory run on a multiprocessor at once, if nothing else limits them.
+    pub(crate) fn blocks_of(&self, shared_bytes: u32) -> u32 {
+        self.shared_bytes / (shared_bytes + BLOCK_SHARED)
+    }
+}
+
+/// Bytes of shared memory that the system takes for itself of every thread block (compute capability 8.0 on).
+pub(crate) const BLOCK_SHARED: u32 = 1024;
 
 /// What a call of the driver gave.
 pub(crate) fn check(result: CUresult) -> Result<(), String> {
@@ -316,5 +328,6 @@ fn device_info(ordinal: u32) -> Option<DeviceInfo> {
             attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         ),
         num_multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        shared_bytes: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
     })
 }

@@ -20,8 +20,12 @@ pub(super) const PLAIN_WARPS: u32 = 4;
 const PREFILL_THREADS: u32 = 256;
 const PREFILL_ROWS: usize = 128;
 const PREFILL_SHARED: u32 = (128 + 8 * 32) * 256;
-/// As in kernels/attention.cu: 32 `DECODE_WARPS`.
+/// As in kernels/attention.cu: 32 `DECODE_WARPS`, the bytes of their rings, and the most splits.
 const DECODE_THREADS: u32 = 128;
+const DECODE_SHARED: u32 = 4 * 3 * 4096;
+const MAX_SPLITS: usize = 32;
+/// Shared memory of each query of a group that the kernel has beside the rings, with some to spare.
+const DECODE_SUMS: u32 = 2304;
 /// Head width of the fast kernels.
 const HEAD_DIM: usize = 128;
 
@@ -150,11 +154,14 @@ impl Attention<'_> {
     fn decode(&self) -> Result<(), BackendError> {
         let HeadGeometry { num_heads, num_kv_heads, .. } = self.heads;
         let group = if (num_heads / num_kv_heads).is_multiple_of(2) { 2 } else { 1 };
-        let (kernel, blocks_per_multiprocessor) =
+        // As many as the kernels' registers allow, and the shared memory.
+        let (kernel, most_blocks) =
             if group == 2 { ("attention_decode_bf16_128_x2", 2) } else { ("attention_decode_bf16_128_x1", 4) };
+        let info = &self.cuda.gpu.info;
+        let num_blocks = info.blocks_of(DECODE_SHARED + group as u32 * DECODE_SUMS).clamp(1, most_blocks);
         let (area, room) = rows::scratch(self.cuda);
         let num_queries = self.num_sequences() * num_heads;
-        let at_once = blocks_per_multiprocessor * self.cuda.gpu.info.num_multiprocessors as usize;
+        let at_once = (num_blocks * info.num_multiprocessors) as usize;
         let (counters, num_counters) = counters(self.cuda);
         let num_splits = if num_queries / group <= num_counters {
             num_splits(num_queries, group, at_once, self.tables.blocks_per_sequence(), room)
@@ -162,7 +169,7 @@ impl Attention<'_> {
             1
         };
         let grid = [num_splits as u32, (num_heads / group) as u32, self.num_sequences() as u32];
-        let launch = Launch { grid, ..Launch::blocks(0, DECODE_THREADS) };
+        let launch = Launch { grid, shared: DECODE_SHARED, ..Launch::blocks(0, DECODE_THREADS) };
         let softmaxes = area + (num_queries * num_splits * HEAD_DIM * 4) as CUdeviceptr;
         let (sequences, blocks) = (self.tables.sequences(), self.tables.blocks());
         let blocks_per_sequence = self.tables.blocks_per_sequence() as u32;
@@ -182,9 +189,9 @@ impl Attention<'_> {
             arg(&num_kv_heads),
             arg(&scale_log2),
         ];
-        // SAFETY: arguments and threads are those of `attention_decode_bf16_128_x1` and `_x2`; they read rows and
-        // blocks that the tables name, which the buffers have. `num_splits` saw to it that partial results and
-        // counters fit; with one split there are none.
+        // SAFETY: arguments, threads and shared memory are those of `attention_decode_bf16_128_x1` and `_x2`; they read
+        // rows and blocks that the tables name, which the buffers have. `num_splits` saw to it that partial results and
+        // counters fit, and that there are no more splits than the kernels put together; with one there are none.
         unsafe { self.cuda.gpu.launch("attention", kernel, launch, &mut arguments) }
     }
 
@@ -198,7 +205,7 @@ impl Attention<'_> {
 fn num_splits(num_queries: usize, group: usize, at_once: usize, blocks_per_sequence: usize, room: usize) -> usize {
     /// Of a query in one split: sums, maximum and total.
     const ENTRY_BYTES: usize = (HEAD_DIM + 2) * 4;
-    (at_once * group / num_queries).min(room / ENTRY_BYTES / num_queries).min(blocks_per_sequence).max(1)
+    (at_once * group / num_queries).min(room / ENTRY_BYTES / num_queries).min(blocks_per_sequence).clamp(1, MAX_SPLITS)
 }
 
 #[cfg(test)]
@@ -214,5 +221,6 @@ mod tests {
         assert_eq!(num_splits(32, 1, 528, 3, room), 3, "no more than blocks");
         assert_eq!(num_splits(2, 1, 528, 10_000, 520 * 2 * 7 + 519), 7, "no more than fit");
         assert_eq!(num_splits(1 << 20, 1, 528, 128, room), 1, "at least one");
+        assert_eq!(num_splits(2, 1, 528, 128, room), MAX_SPLITS, "no more than are put together");
     }
 }

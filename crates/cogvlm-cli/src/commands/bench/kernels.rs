@@ -149,6 +149,7 @@ mod tests {
             total_bytes: 80 << 30,
             compute_capability: (9, 0),
             num_multiprocessors: 132,
+            shared_bytes: 228 << 10,
         }
     }
 

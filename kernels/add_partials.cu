@@ -65,12 +65,6 @@ __device__ __forceinline__ float4 load_sums(const float* p) {
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
     return v;
 }
-// Two that were computed here.
-__device__ __forceinline__ float2 load_two_sums(const float* p) {
-    float2 v;
-    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
-    return v;
-}
 __device__ __forceinline__ u64 load_told(const u64* p) {
     u64 v;
     asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
@@ -296,7 +290,7 @@ __device__ void add_pushed_wide(const Meeting& a, bf16* residual, const bf16* we
 #pragma unroll
     for (u32 p = 0; p < PAIRS; ++p) {
         v[p] = out[pair(p)];
-        own[p] = load_two_sums(a.sums[a.member] + first + 2 * pair(p));
+        own[p] = *reinterpret_cast<const float2*>(a.sums[a.member] + first + 2 * pair(p));
     }
     for (u32 m = 0; m < a.num_members; ++m) {
         float2 part[PAIRS];

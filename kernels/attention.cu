@@ -145,7 +145,7 @@ __device__ __forceinline__ void attention_decode(const bf16* query, const bf16* 
     __shared__ float warp_sums[DECODE_WARPS][HEADS][HEAD_DIM];
     __shared__ float2 warp_softmax[DECODE_WARPS][HEADS];
     __shared__ u32 finished;
-    extern __shared__ __align__(128) u8 shared[];
+    extern __shared__ __align__(256) u8 shared[];
     allow_next();
     // Tables were there before the step began.
     const uint4 sequence = sequences[blockIdx.z];

@@ -37,7 +37,7 @@ __device__ __forceinline__ void copy_weights(u32 to, const bf16* from, bool is_t
                  : "memory");
 }
 
-// The oldest of `stages` groups is there; STAGES at most.
+// The oldest of `stages` groups is there; 4 at most.
 __device__ __forceinline__ void wait_for_oldest(u32 stages) {
     if (stages == 4) wait_for_copies_but<3>();
     if (stages == 3) wait_for_copies_but<2>();
@@ -45,9 +45,11 @@ __device__ __forceinline__ void wait_for_oldest(u32 stages) {
     if (stages == 1) wait_for_copies_but<0>();
 }
 
-// Tiles of 16 WEIGHT_TILES weight rows by 8 ROW_TILES rows of x; up to 4 stages.
-template <u32 FINISH, u32 WEIGHT_TILES, u32 ROW_TILES, class Others>
-__device__ __forceinline__ void product(const Product& a, u32 stages, const Others& others) {
+// Tiles of 16 WEIGHT_TILES weight rows by 8 ROW_TILES rows of x; STAGES, or any number up to 4 if that is 0.
+template <u32 FINISH, u32 WEIGHT_TILES, u32 ROW_TILES, u32 STAGES, class Others>
+__device__ __forceinline__ void product_staged(const Product& a, u32 num_stages, const Others& others) {
+    const u32 stages = STAGES != 0 ? STAGES : num_stages;
+    constexpr u32 UNROLLED = STAGES != 0 ? STAGES : 1;
     constexpr bool PAIRED = is_paired(FINISH);
     constexpr u32 STRIDE = WARPS * ROUND;
     constexpr u32 PER_TILE = (PAIRED ? 8 : 16) * WEIGHT_TILES;
@@ -120,6 +122,7 @@ __device__ __forceinline__ void product(const Product& a, u32 stages, const Othe
         if (is_tile(next_tile)) take_rows();
     };
     take_rows();
+#pragma unroll UNROLLED
     for (u32 slot = 0; slot < stages; ++slot) {
         wait_for_copies();
         copy_next_weights(slot);
@@ -129,6 +132,7 @@ __device__ __forceinline__ void product(const Product& a, u32 stages, const Othe
 
     wait_for_previous();
     const u32 exchange = others.number();
+#pragma unroll UNROLLED
     for (u32 slot = 0, round = 0; slot < stages; ++slot) {
         copy_x(slot, round);
         commit_copies();
@@ -197,6 +201,16 @@ __device__ __forceinline__ void product(const Product& a, u32 stages, const Othe
         }
         __syncthreads();  // they were read
     }
+}
+
+// With the stages that Hopper's shared memory has room for it is 1 to 2 % faster when the compiler knows them.
+template <u32 FINISH, u32 WEIGHT_TILES, u32 ROW_TILES, class Others>
+__device__ __forceinline__ void product(const Product& a, u32 stages, const Others& others) {
+    constexpr u32 MOST = WEIGHT_TILES == 2 ? 2 : ROW_TILES == 2 ? 3 : 4;
+    if (stages == MOST)
+        product_staged<FINISH, WEIGHT_TILES, ROW_TILES, MOST>(a, stages, others);
+    else
+        product_staged<FINISH, WEIGHT_TILES, ROW_TILES, 0>(a, stages, others);
 }
 
 #define PRODUCT(NAME, FINISH, WEIGHT_TILES, ROW_TILES)                                                            \

@@ -12,9 +12,11 @@ use crate::links::{CardRates, Links};
 use crate::own::sizes::{Group, IMAGE_PROMPT_TEXT_TOKENS, Member, Sizes};
 use crate::plan::{DeviceBudget, DevicePlan, LinkPlan, Plan, PlanRequest, Policy, Residency, STAGING_SLOTS};
 
-/// Predicted time for cards to add up the sums of a decode step, beside what they read for it. What two H200 took for a
-/// token beyond their reads and launches, 2.52 ms at a context of 1,300, over 64.
-const EXCHANGE_S: f64 = 7e-6;
+/// Predicted time for cards to add up the sums of a decode step, beside what they read for it: what two H200 took beyond
+/// their reads and launches for a token of 1 and of 16 sequences, 2.5 to 6 us.
+const EXCHANGE_S: f64 = 4e-6;
+/// Of the rate between two cards, reached by those of a prompt: two H200 took 47.5 ms for one with an image.
+const EXCHANGE_SHARE: f64 = 0.5;
 
 /// Places the model of `request` on the first `num_members` cards of its budgets, which compute every layer together;
 /// the vision tower runs on the first of them. Other devices are not used, and the request's policy is not asked.
@@ -281,7 +283,8 @@ pub(crate) fn group_s(
     }
     let num_members = members.len() as f64;
     let exchanges_s = 2.0 * sizes.spec.num_layers as f64 * EXCHANGE_S;
-    let rows_s = rows as f64 * sum_bytes(sizes) as f64 * (num_members - 1.0) / links.pair(first, last).bytes_per_s;
+    let link_bytes_per_s = EXCHANGE_SHARE * links.pair(first, last).bytes_per_s;
+    let rows_s = rows as f64 * sum_bytes(sizes) as f64 * (num_members - 1.0) / link_bytes_per_s;
     let vision_flops = if has_image { sizes.prefill_flops(&(0..sizes.num_vision)) } else { 0.0 };
     let computed_s = vision_flops / card_flops_per_s(links, first);
     let tower = sizes.inventory.iter().zip(&placement.residency).enumerate();

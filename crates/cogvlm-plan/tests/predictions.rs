@@ -393,10 +393,10 @@ fn two_h200_that_compute_together_are_predicted() {
         let predicted = plan.prediction(&request.spec, &links.with_pair(0, 1, peers).with_pair(1, 0, peers));
         let step = |sequences| predicted.decode_step_s(sequences, 1300.0);
         [
-            ("decode 1", step(1), 2.68e-3),
-            ("decode 8", step(8), 3.44e-3),
-            ("decode 16", step(16), 4.21e-3),
-            ("prefill with an image", predicted.prefill_s(true, 33), 47.2e-3),
+            ("decode 1", step(1), 2.17e-3),
+            ("decode 8", step(8), 2.77e-3),
+            ("decode 16", step(16), 3.52e-3),
+            ("prefill with an image", predicted.prefill_s(true, 33), 47.6e-3),
         ]
     };
     let (off, what) = worst(&predicted(H200));

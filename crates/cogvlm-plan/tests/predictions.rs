@@ -49,14 +49,14 @@ fn h100_times(rates: CardRates) -> Vec<(&'static str, f64, f64)> {
     let predicted = on_h100(rates);
     let step = |sequences, context_len| predicted.decode_step_s(sequences, context_len);
     vec![
-        ("decode 1", step(1, 1300.0), 5.26e-3),
-        ("decode 2", step(2, 1300.0), 5.47e-3),
-        ("decode 4", step(4, 1300.0), 5.96e-3),
-        ("decode 8", step(8, 1300.0), 6.87e-3),
-        ("decode 16", step(16, 1300.0), 8.81e-3),
-        ("decode 1, short", step(1, 100.0), 5.01e-3),
-        ("decode 8, short", step(8, 100.0), 5.16e-3),
-        ("decode 16, short", step(16, 100.0), 5.34e-3),
+        ("decode 1", step(1, 1300.0), 4.80e-3),
+        ("decode 2", step(2, 1300.0), 5.01e-3),
+        ("decode 4", step(4, 1300.0), 5.46e-3),
+        ("decode 8", step(8, 1300.0), 6.40e-3),
+        ("decode 16", step(16, 1300.0), 8.17e-3),
+        ("decode 1, short", step(1, 100.0), 4.52e-3),
+        ("decode 8, short", step(8, 100.0), 4.74e-3),
+        ("decode 16, short", step(16, 100.0), 4.89e-3),
         ("prefill with an image", predicted.prefill_s(true, 33), 55.0e-3),
         ("of which the tower", predicted.prefill_s(true, 0) - decoder_of(&predicted), 25.3e-3),
         ("prefill of 33 tokens", predicted.prefill_s(false, 33), 7.3e-3),

@@ -45,6 +45,13 @@ __device__ __forceinline__ void wait_for_oldest(u32 stages) {
     if (stages == 1) wait_for_copies_but<0>();
 }
 
+// One round after the other where this runs while the kernel in front does.
+__device__ __forceinline__ void pace_copies() {
+#if __CUDA_ARCH__ >= 900
+    wait_for_copies();
+#endif
+}
+
 // Tiles of 16 WEIGHT_TILES weight rows by 8 ROW_TILES rows of x; STAGES, or any number up to 4 if that is 0.
 template <u32 FINISH, u32 WEIGHT_TILES, u32 ROW_TILES, u32 STAGES, class Others>
 __device__ __forceinline__ void product_staged(const Product& a, u32 num_stages, const Others& others) {
@@ -60,7 +67,7 @@ __device__ __forceinline__ void product_staged(const Product& a, u32 num_stages,
     const u32 rounds = (a.depth + STRIDE - 1) / STRIDE;
     allow_next();
 
-    // Whole tiles, as many of them for every block; the rest in equal shares, of less than a tile.
+    // Whole tiles, as many of them for every block; the rest in equal shares, of a tile at most.
     const u32 wave = gridDim.x * PER_TILE, whole = a.width / wave * wave, rest = a.width - whole;
     const u32 share = whole + u64(blockIdx.x) * rest / gridDim.x;
     const u32 share_end = whole + u64(blockIdx.x + 1) * rest / gridDim.x;
@@ -124,7 +131,7 @@ __device__ __forceinline__ void product_staged(const Product& a, u32 num_stages,
     take_rows();
 #pragma unroll UNROLLED
     for (u32 slot = 0; slot < stages; ++slot) {
-        wait_for_copies();
+        pace_copies();
         copy_next_weights(slot);
         commit_copies();
         advance();
@@ -201,6 +208,7 @@ __device__ __forceinline__ void product_staged(const Product& a, u32 num_stages,
         }
         __syncthreads();  // they were read
     }
+    wait_for_copies();  // of rounds that nobody takes, where a block has fewer than stages
 }
 
 // With the stages that Hopper's shared memory has room for it is 1 to 2 % faster when the compiler knows them.

@@ -41,7 +41,6 @@ __host__ __device__ constexpr u32 num_stages(u32 width) { return (227 * 1024 - 2
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }

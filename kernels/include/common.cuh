@@ -59,7 +59,8 @@ __device__ __forceinline__ float load_element(const void* p, u32 type, u64 i) {
 
 // Overlapped launches (programmatic dependent launch, sm_90 on). A kernel that was launched with overlap may start
 // before the one before it has ended. Every kernel calls `wait_for_previous` before it reads or writes anything but
-// weights, and `allow_next` as early as it likes: the next kernel's own wait covers all of this one.
+// weights and tables of the batch, which a copy wrote before the step, and `allow_next` as early as it likes: the next
+// kernel's own wait covers all of this one, if a thread of this one has waited itself.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

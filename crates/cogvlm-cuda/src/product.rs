@@ -223,7 +223,9 @@ impl Product {
     /// Whether it is computed by the kernels for few rows (kernels/product_rows.cu).
     pub(crate) fn is_of_few_rows(&self, cuda: &CudaBackend) -> bool {
         let [range] = self.ranges[..] else { return false };
-        let is_few = (range.end - range.first) as usize <= product_rows::MAX_ROWS;
+        // An inbox has room for the first rows of a group's sums alone.
+        let first = if self.finish == Finish::Partial { 0 } else { range.first };
+        let is_few = (range.end - first) as usize <= product_rows::MAX_ROWS;
         is_few && self.is_vectorised(cuda) && self.finish != Finish::BiasGelu
     }
 

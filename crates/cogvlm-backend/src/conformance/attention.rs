@@ -164,7 +164,7 @@ pub fn attention<B: Backend>(make: Make<'_, B>) {
     let backend = &devices[0];
     let dtype = backend.activation_dtype();
     let mixed: &[(usize, usize)] = &[(33, 33), (1, 40), (7, 23), (1, 1), (16, 32), (1, 16), (2, 17)];
-    for geometry in [[2, 2, 128], [1, 1, 112], [3, 1, 32], [4, 2, 24], [3, 3, 10], [2, 1, 6]] {
+    for geometry in [[2, 2, 128], [4, 2, 128], [1, 1, 112], [3, 1, 32], [4, 2, 24], [3, 3, 10], [2, 1, 6]] {
         for sequences in [&[][..], &[(1, 1)], &[(1, 17)], &[(65, 130)], mixed] {
             verify(&devices, &Attention::new(dtype, heads(geometry), sequences, 1.0));
         }
@@ -173,6 +173,13 @@ pub fn attention<B: Backend>(make: Make<'_, B>) {
         verify(&devices, &Attention::new(dtype, heads([2, 1, 24]), &[(rows, rows)], 1.0));
     }
     verify(&devices, &Attention::new(dtype, heads([2, 2, 128]), &[(1, 1260), (1, 700)], 2.0));
+    // So many keys that each part of them, in which a device takes them, is long.
+    for geometry in [[2, 2, 128], [4, 2, 128]] {
+        verify(&devices, &Attention::new(dtype, heads(geometry), &[(1, 6001), (1, 30)], 1.0));
+    }
+    if dtype == DType::Bf16 {
+        verify(&devices, &Attention::new(dtype, heads([1, 1, 128]), &[(1, 66_100)], 1.0));
+    }
     verify(&devices, &Attention::new(dtype, heads([1, 1, 24]), &[(1, 33); 20], 1.0));
     // Scores of ten thousand and more, and queries of zero: a plain mean.
     for scale in [1e4, 0.0] {

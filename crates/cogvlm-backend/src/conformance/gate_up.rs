@@ -106,6 +106,9 @@ pub fn gate_up<B: Backend>(make: Make<'_, B>) {
         verify_residency(&devices, &GateUp::new(dtype, weight_dtype, [9, 101, 35], Routing::Image, 1.0));
         verify_residency(&devices, &GateUp::new(dtype, weight_dtype, [1, 101, 35], Routing::Language, 1.0));
     }
+    for shape in [[3, 24, 4300], [16, 24, 4300], [16, 2312, 20]] {
+        verify(&devices, &GateUp::new(dtype, dtype, shape, Routing::Language, 1.0));
+    }
     // Gates of hundreds, where e^100 is beyond f32.
     verify(&devices, &GateUp::new(dtype, dtype, [9, 33, 40], Routing::Image, 100.0));
 

@@ -145,6 +145,10 @@ pub fn linear<B: Backend>(make: Make<'_, B>) {
         verify(&devices, &Linear::new(dtype, WEIGHT_DTYPES[index % 3], shape).biased());
         verify(&devices, &Linear::new(dtype, dtype, shape).with_gelu());
     }
+    // Few rows over much depth, and over more of a weight's rows than a device computes at once.
+    for shape in [[3, 2312, 40], [9, 2312, 40], [16, 4616, 20], [1, 24, 8700], [16, 72, 8700]] {
+        verify(&devices, &Linear::new(dtype, dtype, shape));
+    }
     for weight_dtype in WEIGHT_DTYPES {
         for rows in [1, 2, 9] {
             verify_residency(&devices, &Linear::new(dtype, weight_dtype, [rows, 101, 35]).biased());
@@ -202,6 +206,8 @@ pub fn logits<B: Backend>(make: Make<'_, B>) {
     }
     verify(&devices, &logits(dtype, [1, 4096, 200]));
     verify(&devices, &logits(dtype, [2, 7, 3200]));
+    verify(&devices, &logits(dtype, [16, 1096, 150]));
+    verify(&devices, &logits(dtype, [16, 24, 8700]));
     verify_residency(&devices, &logits(dtype, [3, 65, 257]));
     let case = logits(dtype, [3, 65, 40]);
     verify_rejects(&case, "weight rotated", &case.with_rotated_weight());

@@ -105,6 +105,9 @@ pub fn linear_residual<B: Backend>(make: Make<'_, B>) {
             verify(&devices, &LinearResidual::new(dtype, weight_dtype, shape, routing));
         }
     }
+    for shape in [[2, 24, 4700], [16, 24, 4700], [16, 2312, 20]] {
+        verify(&devices, &LinearResidual::new(dtype, dtype, shape, Routing::Language));
+    }
     for weight_dtype in WEIGHT_DTYPES {
         verify_residency(&devices, &LinearResidual::new(dtype, weight_dtype, [9, 101, 35], Routing::Image));
         verify_residency(&devices, &LinearResidual::new(dtype, weight_dtype, [1, 101, 35], Routing::Language));

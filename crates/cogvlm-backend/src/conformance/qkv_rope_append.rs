@@ -184,6 +184,9 @@ pub fn qkv_rope_append<B: Backend>(make: Make<'_, B>) {
             verify(&devices, &case([2, 1, 6], 33, &[(rows, rows + 3)], Routing::Image));
         }
         verify(&devices, &case([1, 1, 128], 4096, &[(1, 20), (2, 2)], Routing::Image));
+        // More rows of the weight than a device computes at once.
+        verify(&devices, &case([20, 10, 128], 40, &[(1, 20), (1, 3)], Routing::Language));
+        verify(&devices, &case([40, 20, 128], 40, &[(1, 20); 16], Routing::Language));
     }
     for weight_dtype in WEIGHT_DTYPES {
         for mode in modes {

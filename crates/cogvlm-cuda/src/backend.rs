@@ -46,6 +46,8 @@ pub struct CudaBackend {
     pub(crate) activations: DType,
     /// Which kernels multiply matrices.
     pub(crate) path: KernelPath,
+    /// Bytes of shared memory of a multiprocessor that operations reckon with.
+    pub(crate) shared_bytes: u32,
 }
 
 /// Kernels for matrix products.
@@ -98,7 +100,8 @@ impl CudaBackend {
         let (graphs, uploader, tokens) = (Graphs::new(&gpu), Uploader::new(&gpu)?, TokenSlots::new(&gpu));
         let loader = Arc::new(Loader::new(&gpu, LoadPath::Auto));
         let converting = Mutex::default();
-        Ok(Self { graphs, uploader, tokens, loader, arena, scratch, converting, gpu, activations, path })
+        let shared_bytes = gpu.info.shared_bytes;
+        Ok(Self { graphs, uploader, tokens, loader, arena, scratch, converting, gpu, activations, path, shared_bytes })
     }
 
     /// The same device with the kernels of `path` or plainer ones: for tests, and for comparing them.
@@ -106,6 +109,13 @@ impl CudaBackend {
     pub fn with_path(self, path: KernelPath) -> Self {
         let path = path.min(self.path);
         Self { path, ..self }
+    }
+
+    /// The same device, used as though its multiprocessors had no more than so much shared memory: for tests.
+    #[must_use]
+    pub fn with_shared_bytes(self, shared_bytes: u32) -> Self {
+        let shared_bytes = shared_bytes.min(self.shared_bytes);
+        Self { shared_bytes, ..self }
     }
 
     /// The same device, to which weights get by `path`: for tests, and for comparing them.

@@ -79,7 +79,7 @@ pub(crate) unsafe fn event_elapsed_time(from: cu::CUevent, to: cu::CUevent) -> R
 }
 
 /// A GPU, as the driver describes it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceInfo {
     /// Its CUDA ordinal.
     pub ordinal: u32,
@@ -95,15 +95,13 @@ pub struct DeviceInfo {
     pub shared_bytes: u32,
 }
 
-impl DeviceInfo {
-    /// How many thread blocks with this much shared memory run on a multiprocessor at once, if nothing else limits them.
-    pub(crate) fn blocks_of(&self, shared_bytes: u32) -> u32 {
-        self.shared_bytes / (shared_bytes + BLOCK_SHARED)
-    }
+/// How many thread blocks with `shared_bytes` of shared memory run at once on a multiprocessor that has `all_bytes`, if
+/// nothing else limits them.
+pub(crate) fn num_blocks_of(shared_bytes: u32, all_bytes: u32) -> u32 {
+    /// What the system takes for itself of every thread block (compute capability 8.0 on).
+    const OF_SYSTEM: u32 = 1024;
+    all_bytes / (shared_bytes + OF_SYSTEM)
 }
-
-/// Bytes of shared memory that the system takes for itself of every thread block (compute capability 8.0 on).
-pub(crate) const BLOCK_SHARED: u32 = 1024;
 
 /// What a call of the driver gave.
 pub(crate) fn check(result: CUresult) -> Result<(), String> {

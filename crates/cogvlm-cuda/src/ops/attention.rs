@@ -10,6 +10,7 @@ use super::rows;
 use crate::backend::{CudaBackend, KernelPath};
 use crate::buffer::CudaBuffer;
 use crate::device::{Launch, arg};
+use crate::driver::num_blocks_of;
 use crate::tables::CudaTables;
 
 /// As in kernels/include/attention.cuh: the widest head of the plain kernels.
@@ -157,11 +158,11 @@ impl Attention<'_> {
         // As many as the kernels' registers allow, and the shared memory.
         let (kernel, most_blocks) =
             if group == 2 { ("attention_decode_bf16_128_x2", 2) } else { ("attention_decode_bf16_128_x1", 4) };
-        let info = &self.cuda.gpu.info;
-        let num_blocks = info.blocks_of(DECODE_SHARED + group as u32 * DECODE_SUMS).clamp(1, most_blocks);
+        let shared = DECODE_SHARED + group as u32 * DECODE_SUMS;
+        let num_blocks = num_blocks_of(shared, self.cuda.shared_bytes).clamp(1, most_blocks);
         let (area, room) = rows::scratch(self.cuda);
         let num_queries = self.num_sequences() * num_heads;
-        let at_once = (num_blocks * info.num_multiprocessors) as usize;
+        let at_once = (num_blocks * self.cuda.gpu.info.num_multiprocessors) as usize;
         let (counters, num_counters) = counters(self.cuda);
         let num_splits = if num_queries / group <= num_counters {
             num_splits(num_queries, group, at_once, self.tables.blocks_per_sequence(), room)

@@ -5,7 +5,7 @@ use cogvlm_backend::shape::unsupported;
 
 use crate::backend::CudaBackend;
 use crate::device::{Launch, arg};
-use crate::driver::DeviceInfo;
+use crate::driver::num_blocks_of;
 use crate::product::{Finish, Product};
 
 /// The most rows that the kernels take.
@@ -38,9 +38,10 @@ impl Tile {
         WARPS * (stages * round + sums)
     }
 
-    /// How many stages: as many as let `BLOCKS_PER_MULTIPROCESSOR` blocks stay, and one at least.
-    fn stages(self, info: &DeviceInfo) -> u32 {
-        let fits = |stages: &u32| info.blocks_of(self.shared_bytes(*stages)) >= BLOCKS_PER_MULTIPROCESSOR;
+    /// How many stages where a multiprocessor has `all_bytes` of shared memory: as many as let
+    /// `BLOCKS_PER_MULTIPROCESSOR` blocks stay, and one at least.
+    fn stages(self, all_bytes: u32) -> u32 {
+        let fits = |stages: &u32| num_blocks_of(self.shared_bytes(*stages), all_bytes) >= BLOCKS_PER_MULTIPROCESSOR;
         (1..=MAX_STAGES).rev().find(fits).unwrap_or(1)
     }
 }
@@ -64,12 +65,12 @@ pub(crate) fn run(cuda: &CudaBackend, product: &Product) -> Result<(), BackendEr
         Finish::Logits => kernel!("logits"),
         Finish::Partial => kernel!("partial"),
     };
-    let info = &cuda.gpu.info;
     let tile = Tile::new(product.finish, product.num_rows);
-    let stages = tile.stages(info);
+    let stages = tile.stages(cuda.shared_bytes);
     let shared = tile.shared_bytes(stages);
     let tiles = arguments.width.div_ceil(tile.weight_rows / if product.finish.is_paired() { 2 } else { 1 });
-    let at_once = info.blocks_of(shared).clamp(1, BLOCKS_PER_MULTIPROCESSOR) * info.num_multiprocessors;
+    let num_blocks = num_blocks_of(shared, cuda.shared_bytes).clamp(1, BLOCKS_PER_MULTIPROCESSOR);
+    let at_once = num_blocks * cuda.gpu.info.num_multiprocessors;
     let launch = Launch { shared, overlap: product.is_stable, ..Launch::blocks(tiles.min(at_once), WARPS * 32) };
     let mut arguments = vec![arg(&arguments), arg(&stages)];
     if product.finish == Finish::Partial {
@@ -92,11 +93,10 @@ mod tests {
         // Kilobytes of a multiprocessor (CUDA C++ programming guide, "Technical specifications per compute capability"):
         // 9.0 and 10.0, 8.0, 8.6 and 8.9 and 12.0.
         let stages = |kilobytes: u32| {
-            let info = DeviceInfo { shared_bytes: kilobytes << 10, ..DeviceInfo::default() };
             [(Finish::Qkv, 1), (Finish::Residual, 16), (Finish::Qkv, 16)].map(|(finish, rows)| {
                 let tile = Tile::new(finish, rows);
-                let stages = tile.stages(&info);
-                (stages, info.blocks_of(tile.shared_bytes(stages)))
+                let stages = tile.stages(kilobytes << 10);
+                (stages, num_blocks_of(tile.shared_bytes(stages), kilobytes << 10))
             })
         };
         assert_eq!(stages(228), [(4, 2), (3, 2), (2, 2)]);

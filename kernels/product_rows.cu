@@ -10,7 +10,7 @@
 // bank twice. Paired sums: of 16 weight rows the first 8 are firsts, the others their seconds.
 //
 // Two blocks stay on each multiprocessor, if it has the memory, and take tile after tile. What does not fill a tile for
-// each of them is shared among all, so that none has more than one row more than another: then the last ones would run
+// each of them is shared among all, so that none has more than one row more than another: else the last ones would run
 // alone, at a part of the rate. As blocks end, those of the next kernel start in their places and copy their first
 // weights while this one ends (`wait_for_previous`), one round after the other: more at a time would fill the queues of
 // the memory, and what stands between two products, a norm or a sum over devices, would wait behind them.
@@ -91,20 +91,19 @@ __device__ __forceinline__ void product_staged(const Product& a, u32 num_stages,
                 const u32 n = next_tile + (PAIRED ? m * 8 + row % 8 : m * 16 + row), clamped = min(n, a.width - 1);
                 const bool is_second = PAIRED && i >= 2;
                 const void* weight = is_second ? second_weight<FINISH>(a, expert) : a.weight[expert];
-                const u32 weight_row = is_second ? second_weight_row<FINISH>(a, clamped)
-                                       : PAIRED  ? first_weight_row<FINISH>(a, clamped)
-                                                 : clamped;
+                const u32 weight_row =
+                    is_second ? second_weight_row<FINISH>(a, clamped) : first_weight_row<FINISH>(a, clamped);
                 rows[m][i] = static_cast<const bf16*>(weight) + u64(weight_row) * a.depth;
                 rows_there |= u32(n < end_of(next_tile)) << (m * 4 + i);
             }
     };
-    auto next_k = [&]() { return next_round * STRIDE + warp * ROUND + chunk * 8; };
+    auto depth_of = [&](u32 round) { return round * STRIDE + warp * ROUND + chunk * 8; };
     auto place = [&](u32 row) { return row * ROW_BYTES + (chunk ^ row % 8) * 16; };
     // Rows that are not there leave their places as they are: what they give is stored nowhere. Depth that is not there
     // is zero.
     auto copy_next_weights = [&](u32 slot) {
         if (!is_tile(next_tile)) return;
-        const u32 k = next_k(), to = ring + slot * SLOT_BYTES;
+        const u32 k = depth_of(next_round), to = ring + slot * SLOT_BYTES;
         const bool is_there = k < a.depth;
 #pragma unroll
         for (u32 m = 0; m < WEIGHT_TILES; ++m)
@@ -114,7 +113,7 @@ __device__ __forceinline__ void product_staged(const Product& a, u32 num_stages,
                     copy_weights(to + place(m * 16 + first_copied + 4 * i), rows[m][i] + (is_there ? k : 0), is_there);
     };
     auto copy_x = [&](u32 slot, u32 round) {
-        const u32 k = round * STRIDE + warp * ROUND + chunk * 8, to = ring + slot * SLOT_BYTES + WEIGHT_BYTES;
+        const u32 k = depth_of(round), to = ring + slot * SLOT_BYTES + WEIGHT_BYTES;
         const bool is_there = k < a.depth;
         const bf16* x = static_cast<const bf16*>(a.x) + u64(first_row + first_copied) * a.depth + (is_there ? k : 0);
 #pragma unroll

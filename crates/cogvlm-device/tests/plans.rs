@@ -1,6 +1,7 @@
 //! Every plan of GPUs gives the same bits: one GPU, several, weights streamed from host memory, from a file, from another
 //! GPU, cuts wherever a map makes them. Where there are fewer GPUs than ranks, ranks share them.
 
+#[path = "../../cogvlm-pipeline/tests/common/requests.rs"]
 mod common;
 
 use std::collections::HashMap;

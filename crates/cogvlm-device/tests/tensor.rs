@@ -1,6 +1,7 @@
 //! GPUs that compute every layer together answer as one does, within what another order of summation may change: two of
 //! them where there are, else two members on one.
 
+#[path = "../../cogvlm-pipeline/tests/common/requests.rs"]
 mod common;
 
 use std::sync::Arc;

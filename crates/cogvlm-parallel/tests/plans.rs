@@ -1,20 +1,24 @@
 //! Devices that compute together answer as one does: the same tokens, logits within what another order of summation may
 //! change, in no more memory than was planned.
 
+#[path = "../../cogvlm-pipeline/tests/common/requests.rs"]
+mod common;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use cogvlm_backend::{BackendError, RopeMode, SamplingParams};
+use cogvlm_backend::{BackendError, RopeMode};
 use cogvlm_checkpoint::ModelSource;
-use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device};
 use cogvlm_cpu::{CpuBackend, Threads};
 use cogvlm_parallel::TensorParallel;
-use cogvlm_pipeline::{Engine, Event, Image, Request, RequestId, load_plan};
+use cogvlm_pipeline::{Engine, Event, Request, RequestId, load_plan};
 use cogvlm_plan::links::Links;
 use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy};
 use cogvlm_plan::{plan, plan_tensor_parallel};
+
+use common::{answers, answers_alone};
 
 const CONTEXT_LEN: usize = 96;
 
@@ -51,52 +55,8 @@ fn engine(source: &ModelSource, plan: &Plan, activations: DType) -> Engine<Group
 }
 
 fn requests(source: &ModelSource, want_logits: bool) -> Vec<Request> {
-    let size = source.spec().vision.image_size;
-    let image = |seed: usize| Image {
-        pixels: (0..3 * size * size).map(|index| ((index * 37 + seed) % 101) as f32 / 50.0 - 1.0).collect(),
-    };
-    let cases =
-        [(5, Some(image(1)), 9), (23, None, 14), (0, Some(image(2)), 6), (11, None, 12), (3, Some(image(3)), 5)];
-    let request = |(num_text, image, max_new_tokens): (u32, Option<Image>, usize)| Request {
-        layout: TokenLayout::new(
-            source.spec(),
-            image.is_some(),
-            &(0..num_text).map(|index| index * 97 + 5).collect::<Vec<_>>(),
-        ),
-        image,
-        params: SamplingParams::default(),
-        max_new_tokens,
-        ignore_eos: true,
-        forced: None,
-        want_logits,
-        capture: false,
-        prefix: None,
-        keep_cache: false,
-    };
-    cases.map(request).into()
-}
-
-/// Tokens of every request, and all logits.
-fn answers(engine: &mut Engine<Group>, requests: Vec<Request>) -> (Vec<Vec<u32>>, Vec<Vec<f32>>) {
-    let order: Vec<RequestId> = requests.into_iter().map(|request| engine.submit(request).unwrap()).collect();
-    let (mut tokens, mut all_logits) = (vec![Vec::new(); order.len()], vec![Vec::new(); order.len()]);
-    while let Some(report) = engine.step().unwrap_or_else(|error| panic!("{error}")) {
-        for event in report.events {
-            if let Event::Token { request, id, logits } = event {
-                let index = order.iter().position(|known| *known == request).unwrap();
-                tokens[index].push(id);
-                all_logits[index].extend(logits.unwrap_or_default());
-            }
-        }
-    }
-    (tokens, all_logits)
-}
-
-/// The same, one after the other: whose rows are computed together depends on when they come, and may change last bits.
-fn answers_alone(engine: &mut Engine<Group>, requests: Vec<Request>) -> (Vec<Vec<u32>>, Vec<Vec<f32>>) {
-    let alone = requests.into_iter().map(|request| answers(engine, vec![request]));
-    let (tokens, logits): (Vec<_>, Vec<_>) = alone.unzip();
-    (tokens.concat(), logits.concat())
+    let cases = [(5, Some(1), 9), (23, None, 14), (0, Some(2), 6), (11, None, 12), (3, Some(3), 5)];
+    common::requests(source, &cases, want_logits)
 }
 
 /// Root mean square of the difference, relative to that of `expected`.
@@ -126,7 +86,7 @@ fn members_answer_as_one_device_does() {
             let name = format!("{activations}, {num_members} members");
             let found = answers_alone(&mut engine, forced(&source, &expected.0));
             for (found, expected) in found.1.iter().zip(&expected.1) {
-                let difference = difference(found, expected);
+                let difference = difference(&found.concat(), &expected.concat());
                 assert!(difference <= bound, "{name}: {difference}");
             }
             if num_members == 1 {
@@ -190,7 +150,7 @@ fn prompts_in_the_middle_change_no_bit_of_a_group() {
         }
         for (index, request) in order.iter().enumerate() {
             let (ids, all_logits) = &heard[request];
-            let same = *ids == tokens[index] && *all_logits == logits[index];
+            let same = *ids == tokens[index] && *all_logits == logits[index].concat();
             assert!(same, "{activations}, {num_members} members, request {index}: other bits");
         }
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use cogvlm_backend::{HostReadError, HostTensor, HostWeight};
+use cogvlm_backend::HostWeight;
 use cogvlm_checkpoint::ModelSource;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, TensorSpec, Unit};
@@ -17,7 +17,7 @@ use cogvlm_plan::plan::{Plan, Policy, Prefill};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 
-use common::{MIB, answers, engine, engine_of, image, plan_for, prefilled_plan, request, source};
+use common::{Hooked, MIB, answers, engine, engine_of, image, plan_for, prefilled_plan, request, source};
 
 const LIMITS: StepLimits = StepLimits { max_tokens: 64, max_sequences: 3, max_images: 1, context_len: 64, parcels: 0 };
 
@@ -128,12 +128,6 @@ struct SlowHost {
     is_slow: Arc<AtomicBool>,
 }
 
-struct SlowTensor {
-    weight: HostWeight,
-    bytes: Vec<u8>,
-    is_slow: Option<Arc<AtomicBool>>,
-}
-
 impl WeightSource for SlowHost {
     fn weight(&self, tensor: &TensorSpec) -> Option<HostWeight> {
         let weight = self.source.weight(tensor)?;
@@ -141,33 +135,14 @@ impl WeightSource for SlowHost {
         weight.read_into(&mut bytes).unwrap();
         // Before the host takes hold of any cache.
         let is_slow = (tensor.unit == Unit::Embedding).then(|| Arc::clone(&self.is_slow));
-        Some(Arc::new(SlowTensor { weight, bytes, is_slow }))
-    }
-}
-
-impl HostTensor for SlowTensor {
-    fn name(&self) -> &str {
-        self.weight.name()
-    }
-
-    fn dtype(&self) -> DType {
-        self.weight.dtype()
-    }
-
-    fn shape(&self) -> &[usize] {
-        self.weight.shape()
-    }
-
-    fn mapped(&self) -> Option<&[u8]> {
-        let is_host = std::thread::current().name() == Some("rank-cpu");
-        if is_host && self.is_slow.as_ref().is_some_and(|is_slow| is_slow.load(Ordering::Relaxed)) {
-            std::thread::sleep(Duration::from_millis(200));
-        }
-        Some(&self.bytes)
-    }
-
-    fn read_into(&self, destination: &mut [u8]) -> Result<(), HostReadError> {
-        self.weight.read_into(destination)
+        let before = move || {
+            let is_host = std::thread::current().name() == Some("rank-cpu");
+            if is_host && is_slow.as_ref().is_some_and(|is_slow| is_slow.load(Ordering::Relaxed)) {
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            Ok(())
+        };
+        Some(Arc::new(Hooked { weight, bytes: Some(bytes), before }))
     }
 }
 

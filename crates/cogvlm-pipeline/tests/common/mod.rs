@@ -1,20 +1,24 @@
 //! Small models, plans and requests for the tests of the engine.
 #![allow(dead_code, reason = "every test target uses some of it")]
 
+mod requests;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use cogvlm_backend::{HostReadError, HostTensor, HostWeight, RopeMode, SamplingParams};
+use cogvlm_backend::{HostReadError, HostTensor, HostWeight, RopeMode};
 use cogvlm_checkpoint::ModelSource;
-use cogvlm_core::tokens::TokenLayout;
 use cogvlm_core::workspace::StepLimits;
 use cogvlm_core::{DType, Device, ModelSpec, TensorSpec};
 use cogvlm_cpu::{CpuBackend, Threads};
-use cogvlm_pipeline::{Engine, Event, Image, Request, RequestId, WeightSource, load_plan};
+use cogvlm_pipeline::{Engine, Request, WeightSource, load_plan};
 use cogvlm_plan::links::{CardRates, HostRates, Links};
 use cogvlm_plan::plan;
 use cogvlm_plan::plan::{DeviceBudget, DevicePlan, Plan, PlanRequest, Policy};
+
+#[allow(unused_imports, reason = "every test target uses some of it")]
+pub(crate) use requests::{image, request};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -83,39 +87,10 @@ pub(crate) fn engine_of(
     Engine::new(spec.clone(), plan.limits, ranks)
 }
 
-pub(crate) fn image(source: &ModelSource, seed: usize) -> Image {
-    let size = source.spec().vision.image_size;
-    Image { pixels: (0..3 * size * size).map(|index| ((index * 37 + seed) % 101) as f32 / 50.0 - 1.0).collect() }
-}
-
-pub(crate) fn request(source: &ModelSource, text: &[u32], image: Option<Image>, num_new: usize) -> Request {
-    Request {
-        layout: TokenLayout::new(source.spec(), image.is_some(), text),
-        image,
-        params: SamplingParams::default(),
-        max_new_tokens: num_new,
-        ignore_eos: true,
-        forced: None,
-        want_logits: true,
-        capture: false,
-        prefix: None,
-        keep_cache: false,
-    }
-}
-
 /// Tokens and logits of every request, in order of submission.
-pub(crate) fn answers(engine: &mut Engine<CpuBackend>, requests: Vec<Request>) -> Vec<Vec<(u32, Vec<f32>)>> {
-    let order: Vec<RequestId> = requests.into_iter().map(|request| engine.submit(request).unwrap()).collect();
-    let mut answers = vec![Vec::new(); order.len()];
-    while let Some(report) = engine.step().unwrap() {
-        for event in report.events {
-            if let Event::Token { request, id, logits } = event {
-                let index = order.iter().position(|known| *known == request).unwrap();
-                answers[index].push((id, logits.unwrap_or_default()));
-            }
-        }
-    }
-    answers
+pub(crate) fn answers(engine: &mut Engine<CpuBackend>, wanted: Vec<Request>) -> Vec<Vec<(u32, Vec<f32>)>> {
+    let (tokens, logits) = requests::answers(engine, wanted);
+    tokens.into_iter().zip(logits).map(|(tokens, logits)| tokens.into_iter().zip(logits).collect()).collect()
 }
 
 /// A source whose weights are read slowly, or cannot be read any more, when a test says so.
@@ -128,11 +103,6 @@ struct Reads {
     delay_us: AtomicU64,
     /// How many tensors can still be read.
     left: AtomicUsize,
-}
-
-struct WatchedTensor {
-    weight: HostWeight,
-    reads: Arc<Reads>,
 }
 
 impl Watched {
@@ -158,12 +128,27 @@ impl Watched {
 
 impl WeightSource for Watched {
     fn weight(&self, tensor: &TensorSpec) -> Option<HostWeight> {
-        let weight = self.source.weight(tensor)?;
-        Some(Arc::new(WatchedTensor { weight, reads: Arc::clone(&self.reads) }))
+        let (weight, reads) = (self.source.weight(tensor)?, Arc::clone(&self.reads));
+        let name = weight.name().to_owned();
+        let before = move || {
+            std::thread::sleep(Duration::from_micros(reads.delay_us.load(Ordering::Relaxed)));
+            let take = |left: usize| Some(if left == usize::MAX { left } else { left.checked_sub(1)? });
+            let taken = reads.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take);
+            taken.map(drop).map_err(|_| HostReadError { tensor: name.clone(), reason: "not now".to_owned() })
+        };
+        Some(Arc::new(Hooked { weight, bytes: None, before }))
     }
 }
 
-impl HostTensor for WatchedTensor {
+/// A weight; `before` is called whenever somebody is about to get its bytes.
+pub(crate) struct Hooked<F> {
+    pub(crate) weight: HostWeight,
+    /// Its bytes, where they lie in memory.
+    pub(crate) bytes: Option<Vec<u8>>,
+    pub(crate) before: F,
+}
+
+impl<F: Fn() -> Result<(), HostReadError> + Send + Sync> HostTensor for Hooked<F> {
     fn name(&self) -> &str {
         self.weight.name()
     }
@@ -177,15 +162,13 @@ impl HostTensor for WatchedTensor {
     }
 
     fn mapped(&self) -> Option<&[u8]> {
-        None
+        let bytes = self.bytes.as_ref()?;
+        (self.before)().ok()?;
+        Some(bytes)
     }
 
     fn read_into(&self, destination: &mut [u8]) -> Result<(), HostReadError> {
-        std::thread::sleep(Duration::from_micros(self.reads.delay_us.load(Ordering::Relaxed)));
-        let take = |left: usize| Some(if left == usize::MAX { left } else { left.checked_sub(1)? });
-        if self.reads.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
-            return Err(HostReadError { tensor: self.name().to_owned(), reason: "not now".to_owned() });
-        }
+        (self.before)()?;
         self.weight.read_into(destination)
     }
 }

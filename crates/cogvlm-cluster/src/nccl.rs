@@ -564,7 +564,8 @@ impl Communicator {
     }
 
     /// Ends the communicator: in order where nothing failed and what was enqueued ends within 2 s, else by aborting it. In
-    /// order, NCCL waits for the other end to do the same: two processes end those that they share in one order. Whatever the stream still waits for is released, and every later call is an error.
+    /// order, NCCL waits for the other end to do the same: two processes end those that they share in one order. Whatever
+    /// the stream still waits for is released, and every later call is an error.
     pub fn close(&self) {
         let inner = &self.inner;
         let is_whole = inner.watch.failure().is_none() && !inner.is_broken.load(Ordering::SeqCst);

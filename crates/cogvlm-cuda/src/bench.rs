@@ -77,7 +77,8 @@ struct Bench<'a> {
 }
 
 /// Times the operations of `spec` on GPU `ordinal`: a prefill of one image and `num_text` tokens, the vision tower, and
-/// decode steps of several sizes at a context of that prompt. Gives the path that ran, `path` or a plainer one, too. Takes about 4 GiB of the device for some seconds.
+/// decode steps of several sizes at a context of that prompt. Gives the path that ran, `path` or a plainer one, too. Takes
+/// about 4 GiB of the device for some seconds.
 ///
 /// # Errors
 /// Where the device cannot be opened, has too little memory, or an operation fails.

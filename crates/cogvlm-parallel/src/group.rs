@@ -22,13 +22,13 @@ use crate::shares::{SharedBuffer, SharedRing, SharedWeight, covered_rows, of_mem
 /// Operations are called member after member from the caller's thread, and wait for nobody: members meet where they add
 /// up sums. That is put off until it is known what follows, so that a norm is done along with it.
 pub struct TensorParallel<B: Shardable> {
-    pub(crate) members: Vec<B>,
+    members: Vec<B>,
     devices: Vec<Device>,
     /// `None` for a member alone.
-    pub(crate) group: Option<Group<B>>,
+    group: Option<Group<B>>,
 }
 
-pub(crate) struct Group<B: Shardable> {
+struct Group<B: Shardable> {
     /// Rows of queries, keys and values in a fused projection.
     qkv_parts: [usize; 3],
     /// Columns that each member attends to.
@@ -210,13 +210,11 @@ impl<B: Shardable> Backend for TensorParallel<B> {
     fn alloc_shared(
         &self, what: &'static str, dtype: DType, shape: [usize; 2],
     ) -> Result<SharedBuffer<B>, BackendError> {
-        self.expect_alone("alloc_shared")?;
-        Ok(SharedBuffer::alone(self.first().alloc_shared(what, dtype, shape)?))
+        Ok(SharedBuffer::alone(self.only("alloc_shared")?.alloc_shared(what, dtype, shape)?))
     }
 
     fn share(&self, buffer: &SharedBuffer<B>) -> Result<SharedBuffer<B>, BackendError> {
-        self.expect_alone("share")?;
-        Ok(SharedBuffer::alone(self.first().share(buffer.lock().input("share", 0)?)?))
+        Ok(SharedBuffer::alone(self.only("share")?.share(buffer.lock().input("share", 0)?)?))
     }
 
     fn load(&self, weight: &HostWeight) -> Result<Self::Weight, BackendError> {

@@ -6,11 +6,11 @@ use cogvlm_backend::{Backend, BackendError, HostRows, Portable, Shardable};
 use crate::group::TensorParallel;
 
 impl<B: Shardable> TensorParallel<B> {
-    /// Refuses what only a device alone does.
-    pub(crate) fn expect_alone(&self, op: &'static str) -> Result<(), BackendError> {
-        match &self.group {
-            None => Ok(()),
-            Some(_) => Err(unsupported(op, "devices that compute together have no memory in common with others")),
+    /// The device, where it computes alone.
+    pub(crate) fn only(&self, op: &'static str) -> Result<&B, BackendError> {
+        match self.members() {
+            [member] => Ok(member),
+            _ => Err(unsupported(op, "devices that compute together have no memory in common with others")),
         }
     }
 }
@@ -24,6 +24,8 @@ impl<B: Shardable + Portable> Portable for TensorParallel<B> {
     }
 
     fn unpack(&self, rows: HostRows) -> Result<Self::Parcel, BackendError> {
-        self.members.iter().map(|member| member.unpack(rows.clone())).collect()
+        // The last one gets the rows themselves.
+        let rows = std::iter::repeat_n(rows, self.members().len());
+        self.members().iter().zip(rows).map(|(member, rows)| member.unpack(rows)).collect()
     }
 }

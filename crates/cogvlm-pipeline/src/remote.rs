@@ -229,7 +229,7 @@ impl<B: Portable> Portal<B> for Gate<B> {
         let Envelope { id, step, stage, input, captured, vision_time, .. } = envelope;
         let step = Arc::unwrap_or_clone(step);
         // Rows are on their way before the step is: what a device waits for is always on another one's stream.
-        let (rows, bytes) = match (input, sender) {
+        let (rows, row_bytes) = match (input, sender) {
             (Some(input), Some((from, backend))) => {
                 let (header, bytes) = self.send_rows(input, from, backend, self.routes.of(&step)[stage].rank)?;
                 (Some(header), bytes)
@@ -248,10 +248,14 @@ impl<B: Portable> Portal<B> for Gate<B> {
             captured,
             vision_time,
         };
-        let letter = postcard::to_stdvec(&letter).map_err(|error| RankError::Elsewhere(error.to_string()))?;
-        let pixels = pixels.iter().flat_map(|pixels| pixels.iter().flat_map(|value| value.to_le_bytes()));
+        let mut bytes = postcard::to_stdvec(&letter).map_err(|error| RankError::Elsewhere(error.to_string()))?;
+        let num_letter_bytes = bytes.len();
+        for pixels in &pixels {
+            bytes.extend(pixels.iter().flat_map(|value| value.to_le_bytes()));
+        }
+        bytes.extend_from_slice(&row_bytes);
         let _alone = self.shared.sending[process].lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(self.shared.send_sized(process, &letter, &pixels.chain(bytes).collect::<Vec<u8>>())?)
+        Ok(self.shared.send_sized(process, &bytes, num_letter_bytes)?)
     }
 }
 
@@ -295,12 +299,11 @@ impl Shared {
         self.control.fail(message)
     }
 
-    /// Sends a message in two parts to process `to`.
-    pub(crate) fn send_sized(&self, to: usize, first: &[u8], second: &[u8]) -> Result<(), ClusterError> {
-        let total = first.len() + second.len();
-        let lengths = [first.len(), total].map(|length| (length as u64).to_le_bytes()).concat();
+    /// Sends a message, whose first part is `first` bytes, to process `to`.
+    pub(crate) fn send_sized(&self, to: usize, bytes: &[u8], first: usize) -> Result<(), ClusterError> {
+        let lengths = [first, bytes.len()].map(|length| (length as u64).to_le_bytes()).concat();
         self.wire.send(to, LENGTHS, &lengths)?;
-        self.wire.send(to, ENVELOPE, &[first, second].concat())
+        self.wire.send(to, ENVELOPE, bytes)
     }
 
     /// A message of process `from`, and the length of its first part.

@@ -214,7 +214,7 @@ impl Shared {
     /// Sends a message to process `peer`, which awaits it by [`hear`](Self::hear).
     fn tell<T: Serialize>(&self, peer: usize, message: &T) -> Result<(), ClusterError> {
         let bytes = postcard::to_stdvec(message).map_err(|error| self.fail(&format!("a message: {error}")))?;
-        self.send_sized(peer, &bytes, &[])
+        self.send_sized(peer, &bytes, bytes.len())
     }
 
     fn hear<T: DeserializeOwned>(&self, peer: usize) -> Result<T, ClusterError> {

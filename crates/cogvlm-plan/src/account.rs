@@ -41,9 +41,16 @@ pub(crate) struct Times {
 }
 
 impl Placement {
+    /// That of a plan.
+    pub(crate) fn of(plan: &Plan) -> Self {
+        let executes_on = plan.units().map(|(on, _)| on).collect();
+        let residency = plan.placements.iter().map(|placement| placement.residency).collect();
+        Self { executes_on, residency, prefill: plan.prefill }
+    }
+
     /// The card that prefills a unit of the host.
-    fn prefills(&self, sizes: &Sizes, unit: usize) -> Option<Device> {
-        self.prefill.filter(|_| Prefill::takes(self.executes_on[unit], sizes.units[unit])).map(|prefill| prefill.device)
+    pub(crate) fn prefills(&self, sizes: &Sizes, unit: usize) -> Option<Device> {
+        self.prefill?.instead_of(self.executes_on[unit], sizes.units[unit])
     }
 
     /// Whether `step` is the card's that prefills for the host.

@@ -91,11 +91,7 @@ impl Plan {
             let problem = format!("is on `{device}`, which has no budget in `--max-memory`");
             return Err(wrong("prefill", &problem));
         }
-        let stages = self.stages.iter();
-        let executes_on = stages.flat_map(|stage| std::iter::repeat_n(stage.device, stage.units.len())).collect();
-        let residency = self.placements.iter().map(|placement| placement.residency).collect();
-        let placement = Placement { executes_on, residency, prefill: self.prefill };
-        placement.into_plan(&sizes, &request, self.policy, self.notices.clone())
+        Placement::of(self).into_plan(&sizes, &request, self.policy, self.notices.clone())
     }
 
     /// Follows a device map that was written by hand or by accelerate. Keys are module paths or names of tensors; the

@@ -382,8 +382,7 @@ impl Placement {
         if from_rows == 0 {
             return Err(wrong("prefill.from_rows", "is 0; a step has at least one row"));
         }
-        let mut units = self.executes_on.iter().zip(&sizes.units);
-        if !units.any(|(&on, &unit)| Prefill::takes(on, unit)) {
+        if (0..sizes.units.len()).all(|unit| self.prefills(sizes, unit).is_none()) {
             return Err(wrong("prefill", "is there, but the host executes no decoder layer"));
         }
         Ok(())

@@ -230,9 +230,10 @@ pub struct Prefill {
 }
 
 impl Prefill {
-    /// Whether the card takes a unit over that `executes_on` executes otherwise.
-    pub(crate) fn takes(executes_on: Device, unit: Unit) -> bool {
-        executes_on == Device::Cpu && matches!(unit, Unit::Embedding | Unit::DecoderLayer(_))
+    /// The card, if it takes a unit over that `executes_on` executes otherwise.
+    pub(crate) fn instead_of(self, executes_on: Device, unit: Unit) -> Option<Device> {
+        let takes_over = executes_on == Device::Cpu && matches!(unit, Unit::Embedding | Unit::DecoderLayer(_));
+        takes_over.then_some(self.device)
     }
 }
 
@@ -328,27 +329,26 @@ impl Plan {
         self.placements.iter().find(|placement| placement.tensor.name == name)
     }
 
+    /// All units in the order of execution, with who executes them.
+    pub(crate) fn units(&self) -> impl Iterator<Item = (Device, Unit)> {
+        self.stages.iter().flat_map(|stage| stage.units.iter().map(|unit| (stage.device, *unit)))
+    }
+
     /// The stages of steps that are the card's of [`Prefill`]; `None` where there are no such steps.
     pub fn prefill_stages(&self) -> Option<Vec<StagePlan>> {
-        let prefill = self.prefill?;
-        let units = self.stages.iter().flat_map(|stage| stage.units.iter().map(|unit| (stage.device, *unit)));
-        let units = units.map(|(on, unit)| (if Prefill::takes(on, unit) { prefill.device } else { on }, unit));
-        Some(StagePlan::join(units))
+        self.prefill?;
+        Some(StagePlan::join(self.units().map(|(on, unit)| (self.prefills(on, unit).unwrap_or(on), unit))))
     }
 
     /// The units that `device` executes in steps of any kind, in the order of execution.
     pub fn executed_on(&self, device: Device) -> Vec<Unit> {
-        let units = self.stages.iter().flat_map(|stage| stage.units.iter().map(|unit| (stage.device, *unit)));
-        let is_its = |(on, unit): &(Device, Unit)| {
-            let prefills = self.prefill.is_some_and(|prefill| prefill.device == device && Prefill::takes(*on, *unit));
-            *on == device || prefills
-        };
-        units.filter(is_its).map(|(_, unit)| unit).collect()
+        let is_its = |(on, unit): &(Device, Unit)| *on == device || self.prefills(*on, *unit) == Some(device);
+        self.units().filter(is_its).map(|(_, unit)| unit).collect()
     }
 
     /// Who prefills a unit that `executes_on` executes otherwise, where that is somebody else.
     pub fn prefills(&self, executes_on: Device, unit: Unit) -> Option<Device> {
-        self.prefill.filter(|_| Prefill::takes(executes_on, unit)).map(|prefill| prefill.device)
+        self.prefill?.instead_of(executes_on, unit)
     }
 
     /// Whether a run needs a backend on `device`: it executes, or holds weights for one that does. Weights in host

@@ -22,11 +22,7 @@ impl Plan {
     /// What the rates of `links` predict of this plan, which is one of the model of `spec`.
     pub fn prediction(&self, spec: &ModelSpec, links: &Links) -> Prediction {
         let sizes = Sizes::new(spec, self.weight_dtype, self.activation_dtype, self.limits);
-        let stages = self.stages.iter();
-        let executes_on = stages.flat_map(|stage| std::iter::repeat_n(stage.device, stage.units.len())).collect();
-        let residency = self.placements.iter().map(|placement| placement.residency).collect();
-        let members = self.tensor_parallel.clone();
-        let placement = Placement { executes_on, residency, prefill: self.prefill };
+        let (placement, members) = (Placement::of(self), self.tensor_parallel.clone());
         Prediction { sizes, placement, links: links.clone(), members }
     }
 }

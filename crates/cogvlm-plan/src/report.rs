@@ -71,9 +71,9 @@ impl Plan {
 
     /// `ViT 0-31, adapter, layers 16-31; prompts: layers 0-15`.
     fn units_on(&self, device: Device) -> String {
-        let units = || self.stages.iter().flat_map(|stage| stage.units.iter().map(|unit| (stage.device, *unit)));
-        let own = units().filter(|(on, unit)| self.takes_part(device, *on, *unit)).map(|(_, unit)| unit);
-        let prefilled = units().filter(|(on, unit)| self.prefills(*on, *unit) == Some(device)).map(|(_, unit)| unit);
+        let own = self.units().filter(|(on, unit)| self.takes_part(device, *on, *unit)).map(|(_, unit)| unit);
+        let prefilled =
+            self.units().filter(|(on, unit)| self.prefills(*on, *unit) == Some(device)).map(|(_, unit)| unit);
         match (unit_names(own), unit_names(prefilled)) {
             (own, prefilled) if own.is_empty() && prefilled.is_empty() => "nothing".to_owned(),
             (own, prefilled) if prefilled.is_empty() => own,
